@@ -1,0 +1,205 @@
+"""The `dollhouse` command. Parses, and refuses what can be refused, before anything heavy is imported."""
+
+import json
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from services.config import RunConfig, load_config
+
+if TYPE_CHECKING:
+    from services.pipeline import Stage
+    from storage.filesystem import Storage
+
+app = typer.Typer(
+    help="From a language model to trained, evaluated Matryoshka sparse autoencoders.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Recipe = Annotated[str, typer.Argument(help="A shipped recipe (tiny, minilm, gpt2-small, gemma-2-2b) or a .toml file.")]
+Root = Annotated[str | None, typer.Option(help="Where everything is kept: a folder or any fsspec URL.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one field: train.rows=100000, saes.matryoshka.k=16.")]
+Address = Annotated[str | None, typer.Option(help="Ray cluster to join; none starts Ray here.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")]
+New = Annotated[bool, typer.Option("--new", help="Start another run of the same configuration.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+
+_DEFAULT_ROOT = "./dollhouse-data"
+_STOPPED = 130  # what shells report after Ctrl-C
+
+
+class _Only(StrEnum):
+    RUN = "run"
+    HARVEST = "harvest"
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+
+
+@app.command()
+def run(
+    recipe: Recipe = "tiny",
+    root: Root = None,
+    sets: Sets = None,
+    address: Address = None,
+    dry_run: DryRun = False,
+    new: New = False,
+) -> None:
+    """Harvest, train, evaluate and report; goes on from whatever is committed."""
+    _start(_Only.RUN, recipe, root, sets, address, dry_run=dry_run, new=new)
+
+
+@app.command()
+def harvest(
+    recipe: Recipe = "tiny", root: Root = None, sets: Sets = None, address: Address = None, dry_run: DryRun = False
+) -> None:
+    """Only make the dataset of activations complete."""
+    _start(_Only.HARVEST, recipe, root, sets, address, dry_run=dry_run)
+
+
+@app.command()
+def train(
+    recipe: Recipe = "tiny", root: Root = None, sets: Sets = None, address: Address = None, dry_run: DryRun = False
+) -> None:
+    """Only train the SAEs of a recipe on its dataset, which must be there."""
+    _start(_Only.TRAIN, recipe, root, sets, address, dry_run=dry_run)
+
+
+@app.command()
+def evaluate(
+    recipe: Recipe = "tiny", root: Root = None, sets: Sets = None, address: Address = None, dry_run: DryRun = False
+) -> None:
+    """Only score the published checkpoints that have no report yet."""
+    _start(_Only.EVALUATE, recipe, root, sets, address, dry_run=dry_run)
+
+
+@app.command()
+def report(root: Root = None, as_json: AsJson = False) -> None:
+    """Print the newest finished run's scores, and write its page again."""
+    from services.report import write_report
+    from services.tables import print_report
+    from storage.reports import newest_run
+
+    storage = _open(root)
+    found = newest_run(storage)
+    if found is None:
+        _fail(f"{storage.config.root} holds no finished run: start one with `dollhouse run`")
+    content = write_report(storage, found)
+    if as_json:
+        _print_json(content)
+    else:
+        print_report(content, Console())
+
+
+@app.command()
+def status(root: Root = None, as_json: AsJson = False) -> None:
+    """Tell from storage alone what every run under the root has done."""
+    from services.status import all_runs, print_status
+
+    content = all_runs(_open(root))
+    if as_json:
+        _print_json(content)
+    else:
+        print_status(content, Console())
+
+
+@app.command()
+def inspect(root: Root = None, as_json: AsJson = False) -> None:
+    """Tell what datasets are under the root: model, text, hooks, rows, statistics."""
+    from services.status import all_datasets, print_datasets
+
+    content = all_datasets(_open(root))
+    if as_json:
+        _print_json(content)
+    else:
+        print_datasets(content, Console())
+
+
+def _start(
+    only: _Only,
+    recipe: str,
+    root: str | None,
+    sets: list[str] | None,
+    address: str | None,
+    *,
+    dry_run: bool,
+    new: bool = False,
+) -> None:
+    console = Console()
+    try:
+        config = load_config(recipe, sets, root, address)
+        config.check()
+        if dry_run:
+            _print_plan(config, console)
+            return
+        _run(config, only, console, new=new)
+    except ValueError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        console.print("stopped; what was committed stays, and the same command goes on from there", highlight=False)
+        raise typer.Exit(_STOPPED) from None
+
+
+def _run(config: RunConfig, only: _Only, console: Console, *, new: bool) -> None:
+    from services.runs import finished_summary, free_run_id
+    from storage.filesystem import Storage
+
+    storage = Storage(config.storage)
+    run_id = free_run_id(storage, config.run_id) if new else config.run_id
+    summary = finished_summary(storage, run_id) if only is _Only.RUN else None
+    if summary is not None:
+        console.print(f"run {run_id} is finished; --new starts another", highlight=False)
+    else:
+        from services.cluster import StageFailed
+        from services.pipeline import ALL_STAGES, run_stages
+
+        stages: tuple[Stage, ...] = ALL_STAGES if only is _Only.RUN else (only.value,)  # type: ignore[assignment]
+        try:
+            summary = run_stages(config, run_id, stages, console)
+        except StageFailed as error:
+            _fail(str(error))
+    if summary.finished:
+        _print_result(storage, run_id, console)
+    elif only is _Only.RUN:
+        _fail(f"run {run_id} ended without being finished: run the same command again")
+
+
+def _print_result(storage: "Storage", run_id: str, console: Console) -> None:
+    from services.tables import print_report
+    from storage import layout
+    from storage.reports import read_report
+
+    print_report(read_report(storage, run_id), console)
+    console.print(f"report: {storage.url(layout.report_page(run_id))}", highlight=False, soft_wrap=True)
+
+
+def _print_plan(config: RunConfig, console: Console) -> None:
+    from services.planner import plan_run
+
+    console.print(f"run {config.run_id}: the configuration is valid; nothing was started", highlight=False)
+    for line in plan_run(config).lines():
+        console.print(line, highlight=False)
+
+
+def _open(root: str | None) -> "Storage":
+    from storage.config import StorageConfig
+    from storage.filesystem import Storage
+
+    try:
+        return Storage(StorageConfig(root=root or _DEFAULT_ROOT))
+    except ValueError as error:
+        _fail(str(error))
+
+
+def _print_json(content: Any) -> None:
+    json.dump(content, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)

@@ -1,0 +1,159 @@
+"""Where text comes from: one function from a TextConfig to documents, one to the identity of what they are.
+
+Sources: Python's standard library, the user's files (text, JSONL, Parquet), the labelled sets inside the sae-probes wheel,
+a hub data set. Each is split into `harvest` and `held_out` documents. Does not tokenise. Called by harvesting and evaluating.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import platform
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from storage.records import TextIdentity
+from workers.config import TextConfig
+from workers.texts.documents import Document
+from workers.texts.stdlib import stdlib_documents
+
+Part = Literal["harvest", "held_out"]
+
+_PLAIN = {".txt", ".py", ".md"}
+_WHEEL_TABLES = "sae_probes/data/cleaned_data/"
+
+
+def documents(config: TextConfig, part: Part) -> Iterator[Document]:
+    """Yield the documents of one part of a source, in a fixed order.
+
+    `stdlib` is split by its own rule. Any other source is split by a hash of the text itself, so that a text that occurs
+    twice never falls into both parts. Raises ValueError naming the field when there is nothing to read.
+    """
+    if config.source == "stdlib":
+        yield from stdlib_documents(part)
+        return
+    for document in _all_documents(config):
+        if _is_held_out(document.text, config.held_out_share) == (part == "held_out"):
+            yield document
+
+
+def identify(config: TextConfig, part: Part) -> TextIdentity:
+    """What the documents of `part` are, by digest of their names and contents (hub: of the data set's coordinates)."""
+    total = hashlib.sha256(part.encode())
+    if config.source == "hub":
+        total.update(json.dumps(config.model_dump(mode="json"), sort_keys=True).encode())
+        description = (
+            f"hub data set {config.dataset}, split {config.split}, revision {config.revision or 'newest'}, {part} part"
+        )
+        return TextIdentity(source="hub", fingerprint=total.hexdigest(), description=description)
+    count = 0
+    if config.source == "sae-probes":
+        for path in _matches(config.paths):
+            with open(path, "rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        total.update(str(config.held_out_share).encode())
+        description = f"the labelled sets of {', '.join(Path(p).name for p in _matches(config.paths))}, {part} part"
+        return TextIdentity(source="sae-probes", fingerprint=total.hexdigest(), description=description)
+    for document in documents(config, part):
+        total.update(f"{document.name}\0{hashlib.sha256(document.text.encode()).hexdigest()}\n".encode())
+        count += 1
+    if config.source == "stdlib":
+        description = f"standard library of Python {platform.python_version()}, {part} part, {count} files"
+    else:
+        description = f"{count} documents matching {', '.join(config.paths)}, {part} part"
+    return TextIdentity(source=config.source, fingerprint=total.hexdigest(), description=description)
+
+
+def check_sources(config: TextConfig) -> None:
+    """Raise ValueError, before anything starts, when files that the config names are not there."""
+    if config.source in {"files", "sae-probes"}:
+        _matches(config.paths, config.source)
+
+
+def _is_held_out(text: str, share: float) -> bool:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < share * 2**64
+
+
+def _matches(patterns: tuple[str, ...], source: str = "sae-probes") -> list[str]:
+    found = sorted(
+        {path for pattern in patterns for path in glob.glob(str(Path(pattern).expanduser()), recursive=True)}
+    )
+    if not found:
+        hint = (
+            "pip download --no-deps sae-probes, then name the wheel" if source == "sae-probes" else "correct the glob"
+        )
+        raise ValueError(f"text.paths: nothing matches {', '.join(patterns) or 'an empty list'}: {hint}")
+    return found
+
+
+def _all_documents(config: TextConfig) -> Iterator[Document]:
+    if config.source == "hub":
+        yield from _hub(config)
+    elif config.source == "sae-probes":
+        for path in _matches(config.paths):
+            yield from _wheel(Path(path))
+    else:
+        for path in _matches(config.paths, "files"):
+            yield from _file(Path(path), config.field)
+
+
+def _file(path: Path, field: str) -> Iterator[Document]:
+    if path.suffix in _PLAIN:
+        yield Document(str(path), path.read_text(encoding="utf-8"))
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines):
+                yield Document(f"{path}:{number + 1}", _text_of(json.loads(line), field, f"{path}:{number + 1}"))
+    elif path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+
+        number = 0
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                yield Document(f"{path}:{number}", _text_of(row, field, f"{path}:{number}"))
+                number += 1
+    else:
+        raise ValueError(f"text.paths: {path} is not .txt, .py, .md, .jsonl or .parquet: narrow the glob")
+
+
+def _text_of(row: dict[str, Any], field: str, where: str) -> str:
+    text = row.get(field)
+    if not isinstance(text, str):
+        raise ValueError(f"text.field: {where} has no text in {field!r}; it has {', '.join(row)}")
+    return text
+
+
+def _wheel(path: Path) -> Iterator[Document]:
+    """One document of each table in turn, so that any first part of the source holds every table. No code is imported."""
+    import pyarrow
+    import pyarrow.csv
+
+    columns: dict[str, list[str]] = {}
+    with zipfile.ZipFile(path) as wheel:
+        for name in sorted(wheel.namelist()):
+            if not (name.startswith(_WHEEL_TABLES) and name.endswith(".csv.zst")):
+                continue
+            raw = pyarrow.CompressedInputStream(pyarrow.BufferReader(wheel.read(name)), "zstd").read()
+            table = pyarrow.csv.read_csv(
+                io.BytesIO(raw), parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True)
+            )
+            columns[Path(name).name.removesuffix(".csv.zst")] = [str(text) for text in table["prompt"].to_pylist()]
+    if not columns:
+        raise ValueError(f"text.paths: {path} holds no tables under {_WHEEL_TABLES}: name the sae-probes wheel")
+    for number in range(max(map(len, columns.values()))):
+        for name, texts in columns.items():
+            if number < len(texts):
+                yield Document(f"{name}/{number}", texts[number])
+
+
+def _hub(config: TextConfig) -> Iterator[Document]:
+    import datasets
+
+    stream = datasets.load_dataset(
+        config.dataset, config.subset, split=config.split, revision=config.revision, streaming=True
+    )
+    for number, row in enumerate(stream):
+        yield Document(f"{config.dataset}/{number}", _text_of(row, config.field, f"{config.dataset}/{number}"))
