@@ -23,7 +23,9 @@ app = typer.Typer(
 
 Recipe = Annotated[str, typer.Argument(help="A shipped recipe (tiny, minilm, gpt2-small, gemma-2-2b) or a .toml file.")]
 Root = Annotated[str | None, typer.Option(help="Where everything is kept: a folder or any fsspec URL.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Override one field: train.rows=100000, saes.matryoshka.k=16.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one field: train.rows=100000, saes.matryoshka.k=16.")
+]
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join; none starts Ray here.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")]
 New = Annotated[bool, typer.Option("--new", help="Start another run of the same configuration.")]
@@ -80,7 +82,7 @@ def evaluate(
 @app.command()
 def report(root: Root = None, as_json: AsJson = False) -> None:
     """Print the newest finished run's scores, and write its page again."""
-    from services.report import write_report
+    from services.pages import write_report
     from services.tables import print_report
     from storage.reports import newest_run
 
@@ -154,13 +156,13 @@ def _run(config: RunConfig, only: _Only, console: Console, *, new: bool) -> None
     if summary is not None:
         console.print(f"run {run_id} is finished; --new starts another", highlight=False)
     else:
-        from services.cluster import StageFailed
+        from services.cluster import StageError
         from services.pipeline import ALL_STAGES, run_stages
 
         stages: tuple[Stage, ...] = ALL_STAGES if only is _Only.RUN else (only.value,)  # type: ignore[assignment]
         try:
             summary = run_stages(config, run_id, stages, console)
-        except StageFailed as error:
+        except StageError as error:
             _fail(str(error))
     if summary.finished:
         _print_result(storage, run_id, console)
@@ -169,12 +171,12 @@ def _run(config: RunConfig, only: _Only, console: Console, *, new: bool) -> None
 
 
 def _print_result(storage: "Storage", run_id: str, console: Console) -> None:
+    from services.pages import write_report
     from services.tables import print_report
     from storage import layout
-    from storage.reports import read_report
 
-    print_report(read_report(storage, run_id), console)
-    console.print(f"report: {storage.url(layout.report_page(run_id))}", highlight=False, soft_wrap=True)
+    print_report(write_report(storage, run_id), console)
+    console.print(f"report: {storage.url(layout.run_report_page(run_id))}", highlight=False, soft_wrap=True)
 
 
 def _print_plan(config: RunConfig, console: Console) -> None:

@@ -20,17 +20,17 @@ from workers.telemetry import ACTOR_RESTARTS_TOTAL, Telemetry
 
 PROJECT = Path(__file__).parent.parent
 _MOST_DEATHS_IN_A_ROW = 5
-_START_SECONDS = 300.0
 
 
-class StageFailed(RuntimeError):
+class StageError(RuntimeError):
     """A stage could not go on; the message is one sentence for the user."""
 
 
-def start(cluster: ClusterConfig, *, hub_is_needed: bool) -> int:
-    """Start Ray on this machine with explicit sizes, or join `cluster.address`; returns the number of cores.
+def start(cluster: ClusterConfig, *, hub_is_needed: bool) -> list[int]:
+    """Start Ray on this machine with explicit sizes, or join `cluster.address`; returns the cores of each node.
 
-    A cluster that is joined gets this project's folder as the working directory, so that it runs the code of this controller.
+    A cluster that is joined gets this project's folder as the working directory, so that it runs the code of this
+    controller.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -47,13 +47,16 @@ def start(cluster: ClusterConfig, *, hub_is_needed: bool) -> int:
         )
     else:
         ray.init(address=cluster.address, runtime_env={**environment, "working_dir": str(PROJECT)}, **common)
-    return int(ray.cluster_resources().get("CPU", 1))
+    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
 class Slot:
-    """One place for an actor, such as `harvester-0`; what dies in it is replaced, with everything that it was started with."""
+    """One place for an actor, such as `harvester-0`; what dies in it is replaced, with everything that it was started
+    with."""
 
-    def __init__(self, stage: str, index: int, make: Callable[[str], Any], exporter: Exporter, telemetry: Telemetry) -> None:
+    def __init__(
+        self, stage: str, index: int, make: Callable[[str], Any], exporter: Exporter, telemetry: Telemetry
+    ) -> None:
         self.stage, self.name = stage, f"{stage}-{index}"
         self._make, self._exporter, self._telemetry = make, exporter, telemetry
         self.num_restarts = 0
@@ -62,12 +65,12 @@ class Slot:
         self.actor = make(self.name)
 
     def replace(self, cause: Exception) -> None:
-        """Put a new actor in the place of a dead one. Raises StageFailed when actors keep dying without any progress."""
+        """Put a new actor in the place of a dead one. StageError when actors keep dying without any progress."""
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row > _MOST_DEATHS_IN_A_ROW:
-            raise StageFailed(
-                f"{self.name} died {self._deaths_in_a_row} times without progress (last: {str(cause).splitlines()[0]}): "
-                "see Ray's log of its worker, memory is the usual cause"
+            raise StageError(
+                f"{self.name} died {self._deaths_in_a_row} times without progress "
+                f"(last: {str(cause).splitlines()[0]}): see Ray's log of its worker, memory is the usual cause"
             ) from cause
         self.num_restarts += 1
         self._telemetry.count(ACTOR_RESTARTS_TOTAL, stage=self.stage)
@@ -81,7 +84,9 @@ class Slot:
         return reply.result
 
     def stream(self, call: Callable[[Any], Any]) -> Iterator[Any]:
-        """The results of a generator call on the actor; the whole call is made again on a new actor when the old one dies."""
+        """The results of a generator call on the actor; the whole call is made again on a new actor when the old one
+        dies."""
+        self._exporter.begin(self.name)
         while True:
             try:
                 for reference in call(self.actor):
@@ -100,5 +105,5 @@ def users_error(error: RayTaskError) -> Exception:
     """What an actor's exception means to the user: a ValueError's own sentence, else the actor's traceback."""
     cause = error.cause
     if isinstance(cause, ValueError):
-        return StageFailed(str(cause))
-    return StageFailed(f"a worker failed: {error}")
+        return StageError(str(cause))
+    return StageError(f"a worker failed: {error}")

@@ -1,4 +1,5 @@
-"""RunConfig: everything a run can be told, from a TOML recipe and `--set a.b=c`. Parses and checks before anything heavy loads.
+"""RunConfig: everything a run can be told, from a TOML recipe and `--set a.b=c`. Parses and checks before anything
+heavy loads.
 
 Standard library and pydantic only. Unknown keys, wrong types and impossible values are refused with one sentence.
 """
@@ -72,7 +73,7 @@ class RunConfig(FrozenConfig):
                 f"{self.harvest.context_tokens}: a window must lie in one chunk"
             )
         if self.text.source == "hub" and self.harvest.max_rows is None:
-            raise ValueError('harvest.max_rows is missing: a hub data set is streamed, say how many rows to harvest')
+            raise ValueError("harvest.max_rows is missing: a hub data set is streamed, say how many rows to harvest")
         if self.harvest.max_rows is not None and self.harvest.max_rows < self.harvest.context_tokens:
             raise ValueError("harvest.max_rows is below harvest.context_tokens: allow at least one window")
         narrowest = min(sae.d_latent for sae in self.saes)
@@ -91,11 +92,14 @@ class RunConfig(FrozenConfig):
                 return sae.widths
         return tuple(narrowest >> shift for shift in range(5, -1, -1) if narrowest >> shift)
 
+    def identity(self) -> dict[str, Any]:
+        """The configuration without what says where and how fast a run happens."""
+        return self.model_dump(mode="json", exclude=_NOT_IN_RUN_ID)  # type: ignore[arg-type]
+
     @property
     def run_id(self) -> str:
         """Digest of the configuration without root, addresses and ports: the same run is found again anywhere."""
-        content = self.model_dump(mode="json", exclude=_NOT_IN_RUN_ID)  # type: ignore[arg-type]
-        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
         return f"{self.recipe}-{digest[:12]}"
 
     def check(self) -> None:
@@ -104,12 +108,14 @@ class RunConfig(FrozenConfig):
         check_sources(self.text)
         root, cluster = self.storage.root, self.cluster
         if root.startswith("memory:"):
-            raise ValueError(f"storage.root = {root} exists in one process only; a run has several: name a folder or a bucket")
+            raise ValueError(
+                f"storage.root = {root} exists in one process only; a run has several: name a folder or a bucket"
+            )
         local = "://" not in root or root.startswith("file://")
         if local and cluster.address not in {None, "auto", "local"} and not cluster.shared_filesystem:
             raise ValueError(
-                f"storage.root = {root} is a folder of one machine, but cluster.address joins a cluster: use a bucket, or "
-                "pass --set cluster.shared_filesystem=true if every node sees that folder"
+                f"storage.root = {root} is a folder of one machine, but cluster.address joins a cluster: "
+                "use a bucket, or pass --set cluster.shared_filesystem=true if every node sees that folder"
             )
         check_port(cluster.metrics_host, cluster.metrics_port)
 
@@ -127,7 +133,9 @@ def check_port(host: str, port: int) -> None:
             ) from error
 
 
-def load_config(recipe: str, overrides: list[str] | None = None, root: str | None = None, address: str | None = None) -> RunConfig:
+def load_config(
+    recipe: str, overrides: list[str] | None = None, root: str | None = None, address: str | None = None
+) -> RunConfig:
     """Read a shipped recipe by name or a TOML file by path, apply `a.b=c` overrides, validate.
 
     Raises ValueError with one sentence that names the field and the fix.

@@ -1,4 +1,5 @@
-"""How busy the machine was, beside every timed figure: time stolen by the hypervisor, and memory of a tree of processes."""
+"""How busy the machine was, beside every timed figure: time stolen by the hypervisor, and memory of a tree of
+processes."""
 
 import psutil
 
@@ -18,7 +19,7 @@ class StealMeter:
 
 
 def proportional_set_bytes(pid: int) -> int:
-    """Sum of the proportional set sizes of a process and all its descendants; those that end meanwhile count nothing."""
+    """Sum of the proportional set sizes of a process and its descendants; those that end meanwhile count nothing."""
     total = 0
     root = psutil.Process(pid)
     for process in [root, *root.children(recursive=True)]:

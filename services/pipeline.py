@@ -11,19 +11,19 @@ from types import FrameType
 from typing import Literal, TypeVar
 
 import ray
+import tomli_w
 from ray.exceptions import RayTaskError
 from rich.console import Console
 
 from services import cluster, placement, stages
-from services.cluster import StageFailed
+from services.cluster import StageError
 from services.config import RunConfig
 from services.exporter import Exporter
+from services.lease import held
 from services.machine import StealMeter
-from services.report import write_report
 from storage import checkpoints, reports
 from storage.filesystem import Storage
-from storage.leases import Lease
-from storage.records import RunRecord, RunSummary
+from storage.records import RunDataset, RunRecord, RunSummary
 from workers.models.catalog import is_local
 from workers.telemetry import RUN_INFO, Telemetry
 
@@ -36,13 +36,14 @@ _SILENT_SECONDS = 300.0
 
 
 def run_stages(config: RunConfig, run_id: str, chosen: tuple[Stage, ...], console: Console) -> RunSummary:
-    """Run the chosen stages of a run in order; what is committed already is not made again. Writes the report when all is done.
+    """Run the chosen stages of a run in order; what is committed already is not made again.
 
-    Raises StageFailed with one sentence when a stage cannot go on, ValueError when the root cannot be written, the port is
-    taken or another controller holds the run. Whatever ends it, committed work stays.
+    Raises StageError with one sentence when a stage cannot go on, ValueError when the root cannot be written, the port
+    is taken or another controller holds the run. Whatever ends it, committed work stays.
     """
     storage = Storage(config.storage)
     storage.check_writable()
+    config = config.model_copy(update={"storage": storage.config})  # its root is absolute: workers run elsewhere
     steal = StealMeter()
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
@@ -56,30 +57,27 @@ def run_stages(config: RunConfig, run_id: str, chosen: tuple[Stage, ...], consol
             highlight=False,
             soft_wrap=True,
         )
-        stack.enter_context(Lease(storage, run_id))
+        stack.enter_context(held(storage, run_id))
         telemetry = Telemetry()
-        telemetry.set(RUN_INFO, 1, run_id=run_id, dataset_id=_known_dataset(storage, run_id) or "")
+        telemetry.set(RUN_INFO, 1, run_id=run_id, dataset_id=reports.read_run_dataset(storage, run_id) or "")
         exporter.update("controller", telemetry.snapshot())
         started = time.monotonic()
         hub = config.text.source == "hub" or not is_local(config.model.name)
-        num_cpus = cluster.start(config.cluster, hub_is_needed=hub)
+        node_cpus = cluster.start(config.cluster, hub_is_needed=hub)
         stack.callback(ray.shutdown)
         stack.callback(_stop_on_sigterm())
         seconds["start"] = time.monotonic() - started
-        plan = placement.plan(config.cluster, num_cpus)
+        plan = placement.plan(config.cluster, node_cpus)
         context = stages.Context(config, run_id, storage, exporter, telemetry, console, plan)
         try:
             _run(context, chosen, seconds)
         except RayTaskError as error:
             raise cluster.users_error(error) from error
-        summary = _summarise(context, seconds, steal)
-    if summary.finished:
-        write_report(storage, run_id)
-    return summary
+        return _summarise(context, seconds, steal)
 
 
 def _run(context: stages.Context, chosen: tuple[Stage, ...], seconds: dict[str, float]) -> None:
-    config, storage = context.config, context.storage
+    config, storage, run_id = context.config, context.storage, context.run_id
 
     def timed(stage: str, work: Callable[[], T]) -> T:
         context.exporter.stage = stage
@@ -89,19 +87,23 @@ def _run(context: stages.Context, chosen: tuple[Stage, ...], seconds: dict[str, 
         finally:
             seconds[stage] = time.monotonic() - started
 
-    reports.write_run(storage, _record(config, context.run_id, _known_dataset(storage, context.run_id)))
+    record = RunRecord(run_id=run_id, recipe=config.recipe, config=config.identity())
+    reports.write_run(storage, record, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
     if "harvest" in chosen:
         found = timed("harvest", lambda: stages.harvest(context))
-        known = _known_dataset(storage, context.run_id)
+        known = reports.read_run_dataset(storage, run_id)
         if known not in {None, found}:
-            raise StageFailed(
-                f"run {context.run_id} belongs to dataset {known}, but its text and model now make {found}: "
+            raise StageError(
+                f"run {run_id} belongs to dataset {known}, but its text and model now make {found}: "
                 "pass --new for a run of its own"
             )
-        reports.write_run(storage, _record(config, context.run_id, found))
-    dataset_id = _known_dataset(storage, context.run_id)
+        reports.write_run_dataset(storage, RunDataset(run_id=run_id, dataset_id=found))
+    dataset_id = reports.read_run_dataset(storage, run_id)
     if dataset_id is None:
-        raise StageFailed(f"run {context.run_id} has no dataset yet: run `dollhouse harvest` first")
+        raise StageError(f"run {run_id} has no dataset yet: run `dollhouse harvest` first")
+    context.telemetry.forget(RUN_INFO)
+    context.telemetry.set(RUN_INFO, 1, run_id=run_id, dataset_id=dataset_id)
+    context.tell()
     evaluation = stages.Evaluation(context)
     if "train" in chosen:
         if "evaluate" in chosen and context.plan.evaluate_while_training:
@@ -111,23 +113,14 @@ def _run(context: stages.Context, chosen: tuple[Stage, ...], seconds: dict[str, 
         timed("evaluate", evaluation.finish)
 
 
-def _record(config: RunConfig, run_id: str, dataset_id: str | None) -> RunRecord:
-    return RunRecord(run_id=run_id, recipe=config.recipe, config=config.model_dump(mode="json"), dataset_id=dataset_id)
-
-
-def _known_dataset(storage: Storage, run_id: str) -> str | None:
-    record = reports.read_run(storage, run_id)
-    return record.dataset_id if record else None
-
-
 def _summarise(context: stages.Context, seconds: dict[str, float], steal: StealMeter) -> RunSummary:
     storage, run_id = context.storage, context.run_id
     last = context.config.train.num_steps
-    steps = {record.name: record.step for record in checkpoints.list_checkpoints(storage, run_id)}  # in order of step
+    steps = {record.name: record.step for record in checkpoints.list_checkpoints(storage, run_id)}  # the newest stays
     trained = all(steps.get(sae.name) == last for sae in context.config.saes)
     summary = RunSummary(
         run_id=run_id,
-        dataset_id=_known_dataset(storage, run_id) or "",
+        dataset_id=reports.read_run_dataset(storage, run_id) or "",
         seconds={name: round(value, 1) for name, value in seconds.items()},
         steal_share=round(steal.share(), 4),
         restarts=context.num_restarts,
@@ -145,4 +138,3 @@ def _stop_on_sigterm() -> Callable[[], object]:
 
     before = signal.signal(signal.SIGTERM, interrupt)
     return lambda: signal.signal(signal.SIGTERM, before)
-

@@ -6,6 +6,8 @@ from typing import Any
 
 from services.config import ClusterConfig
 
+_CORES_FOR_BOTH = 4
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -31,17 +33,19 @@ class Plan:
     evaluate_while_training: bool
 
 
-def plan(cluster: ClusterConfig, num_cpus: int) -> Plan:
-    """Place the actors on `num_cpus` cores.
+def plan(cluster: ClusterConfig, node_cpus: list[int]) -> Plan:
+    """Place the actors on nodes of so many cores each.
 
-    A harvester has one thread, so that its results do not depend on the number of cores; there are as many as fit. With four
-    cores or more, or GPUs, the evaluator follows the trainer's checkpoints while it trains; else it waits for the trainer's end.
+    A harvester has one thread, so that its results do not depend on the number of cores; there are as many as fit. The
+    trainer and the evaluator each lie on one node, so the largest one bounds them. With four cores there or more, or
+    with GPUs, the evaluator follows the trainer's checkpoints while it trains; else it waits for the trainer's end.
     """
-    together = num_cpus >= 4 or cluster.gpus_per_actor > 0
-    evaluator_cpus = max(1, num_cpus // 4) if together else num_cpus
+    largest = max(node_cpus)
+    together = largest >= _CORES_FOR_BOTH or cluster.gpus_per_actor > 0
+    evaluator_cpus = max(1, largest // 4) if together else largest
     return Plan(
-        harvester=Placement(min(cluster.num_harvesters, num_cpus), 1, cluster.gpus_per_actor),
-        trainer=Placement(1, num_cpus - evaluator_cpus if together else num_cpus, cluster.gpus_per_actor),
+        harvester=Placement(min(cluster.num_harvesters, sum(node_cpus)), 1, cluster.gpus_per_actor),
+        trainer=Placement(1, max(1, largest - evaluator_cpus) if together else largest, cluster.gpus_per_actor),
         evaluator=Placement(1, evaluator_cpus, cluster.gpus_per_actor),
         evaluate_while_training=together,
     )
@@ -49,7 +53,11 @@ def plan(cluster: ClusterConfig, num_cpus: int) -> Plan:
 
 def actor_environment(hub_is_needed: bool) -> dict[str, str]:
     """Environment of every actor: no telemetry, and no hub calls where every model and text is local."""
-    environment = {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = {
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
     if not hub_is_needed:
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if commit := os.environ.get("DOLLHOUSE_COMMIT"):

@@ -1,4 +1,5 @@
-"""What a run will take, before it starts: rows, bytes, objects, memory. Arithmetic only; loads no model and starts nothing.
+"""What a run will take, before it starts: rows, bytes, objects, memory. Arithmetic only; loads no model and starts
+nothing.
 
 `dollhouse run --dry-run` prints it. Figures that cannot be known yet are left out, and estimates say so.
 """
@@ -32,7 +33,8 @@ class RunPlan:
     forward_flops: float | None
     """2 x parameters x rows, scaled to the layers that the forward pass reaches."""
     train_flops: float | None
-    """Dense count: 12 x d x d_latent x rows for each SAE; the sparse path does about a third (encoder product alone)."""
+    """Dense count: 12 x d x d_latent x rows for each SAE; the sparse path does about a third (encoder product alone).
+    """
 
     def lines(self) -> list[str]:
         """One line a figure, for people."""
@@ -48,13 +50,18 @@ class RunPlan:
             ("forward passes, FLOP", f"{self.forward_flops:.2e}" if self.forward_flops else None, about),
             ("training, FLOP if dense", f"{self.train_flops:.2e}" if self.train_flops else None, ""),
         ]
-        return [f"{name}: {prefix}{value}" if value else f"{name}: known once the model is loaded" for name, value, prefix in rows]
+        return [
+            f"{name}: {prefix}{value}" if value else f"{name}: known once the model is loaded"
+            for name, value, prefix in rows
+        ]
 
 
 def plan_run(config: RunConfig) -> RunPlan:
     """Compute the plan of a run from its configuration and, for local text, from the size of its files."""
     content = local_config(config.model.name)
-    d_model = config.model.d_model or (int(content.get("hidden_size") or content.get("n_embd") or 0) if content else None)
+    d_model = config.model.d_model or (
+        int(content.get("hidden_size") or content.get("n_embd") or 0) if content else None
+    )
     rows, estimated = _rows(config)
     storage, width = config.storage, _BYTES[config.harvest.dtype]
     num_hooks = len(config.harvest.hooks)

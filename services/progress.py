@@ -37,7 +37,9 @@ class StageProgress:
             self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bars is not None:
             self._bars.stop()
         if kind is None:
@@ -59,4 +61,8 @@ class StageProgress:
         of = f" of {self.total:,.0f}" if self.total is not None and not final else ""
         rate = f", {self.done / seconds:,.0f} {self.unit}/s" if seconds > 0 and self.done > 1 else ""
         note = f", {note}" if note else ""
-        self.console.print(f"{self.title}: {self.done:,.0f}{of} {self.unit} in {seconds:.0f} s{rate}{note}", highlight=False)
+        self.console.print(
+            f"{self.title}: {self.done:,.0f}{of} {self.unit} in {seconds:.0f} s{rate}{note}",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,7 +1,6 @@
 """A run as one JSON document for other programs, and as one self-contained HTML page for people.
 
-Puts together what the records say; computes no score, reads and writes no file. Called by the pipeline when a run ends and by
-`dollhouse report`.
+Puts together what the records say; computes no score, reads no storage and writes no file. Called by services/pages.py.
 """
 
 import base64
@@ -16,47 +15,11 @@ from plotly.offline import get_plotlyjs
 
 from services import report_views as views
 from services.report_figures import sae_lines, score_figures, training_figures
+from services.report_keys import DEFINITIONS, NOT_EVALUATED, SCORES, TRAJECTORY
+from storage import layout
 from storage.records import CheckpointRecord, DatasetRecord, Json, MetricsReport, RunRecord, RunSummary
 
 _TEMPLATES = Path(__file__).parent / "templates"
-
-# Key of a SAE in the report -> where its value lies in MetricsReport.metrics.
-_SCORES = {
-    "l0": ("l0",),
-    "fvu": ("fvu",),
-    "dead_share": ("dead_share",),
-    "ce_recovered": ("fidelity", "ce_recovered"),
-    "ce_recovered_mean_ablation": ("fidelity", "ce_recovered_mean_ablation"),
-    "kl_recovered": ("fidelity", "kl_recovered"),
-    "ce_clean": ("fidelity", "ce_clean"),
-    "ce_sae": ("fidelity", "ce_sae"),
-    "ce_zero": ("fidelity", "ce_zero"),
-    "ce_mean": ("fidelity", "ce_mean"),
-    "kl_sae": ("fidelity", "kl_sae"),
-    "kl_zero": ("fidelity", "kl_zero"),
-    "sparse_probing": ("probing", "mean", "sparse"),
-    "tpp": ("erasure", "tpp"),
-    "tpp_intended": ("erasure", "intended"),
-    "tpp_unintended": ("erasure", "unintended"),
-    "mean_max_decoder_cosine": ("geometry", "mean_max_decoder_cosine"),
-    "mean_encoder_decoder_cosine": ("geometry", "mean_encoder_decoder_cosine"),
-}
-_TRAJECTORY = ("l0", "fvu", "dead_share", "ce_recovered", "kl_recovered", "sparse_probing", "tpp")
-_NOT_EVALUATED = dict.fromkeys({path[0] for path in _SCORES.values()}, {"omitted": "No checkpoint has been evaluated yet."})
-
-# Of what this document adds; the evaluation defines its own scores.
-_DEFINITIONS = {
-    "rows_trained": "Rows (tokens) that the checkpoint had been trained on, repeats over epochs included.",
-    "step": "Training steps behind the checkpoint.",
-    "trajectory": "The same scores of this SAE's earlier checkpoints, oldest first.",
-    "variant": "BatchTopK SAE, or its Matryoshka form with fixed nested widths or with random prefixes.",
-    "residual_stream": "The same procedure on channels of the activation itself, in place of latents.",
-    "random_directions": "The same procedure on projections onto random directions, the mean over several draws.",
-    "dense_probe": "Mean test accuracy of a logistic probe that reads the whole activation.",
-    "stages": "Wall seconds of each stage in the invocation that wrote this report; stages overlap.",
-    "steal_share": "Share of processor time that the hypervisor gave to other machines during the run.",
-    "restarts": "Actors that died and were replaced.",
-}
 
 
 def build_report(
@@ -70,13 +33,13 @@ def build_report(
 ) -> Json:
     """The run as JSON: per SAE the scores of its newest evaluated checkpoint, with definitions and sample sizes.
 
-    A score that was omitted is null, with the reason under the SAE's `omitted`; no number is NaN. SAEs keep the order in which
-    `checkpoints` first names them. `baselines` are those of the first evaluated SAE; each SAE has its own beside its scores.
+    A score that was omitted is null, with the reason under the SAE's `omitted`; no number is NaN. SAEs keep the
+    order of the configuration. `baselines` are those of the first evaluated SAE; each has its own beside its scores.
     """
     evaluated = {(report.name, report.step): report for report in reports}
-    names = dict.fromkeys(checkpoint.name for checkpoint in checkpoints)
-    saes, samples, definitions = [], {}, dict(_DEFINITIONS)
-    for name in names:
+    published = {checkpoint.name for checkpoint in checkpoints}
+    saes, samples, definitions = [], {}, dict(DEFINITIONS)
+    for name in (sae["name"] for sae in run.config["saes"] if sae["name"] in published):
         own = sorted((c for c in checkpoints if c.name == name), key=lambda c: c.step)
         scored = [c for c in own if (name, c.step) in evaluated]
         newest = (scored or own)[-1]
@@ -86,7 +49,7 @@ def build_report(
             _sae(newest, metrics, history, root_url)
             | {"trajectory": [_milestone(c, evaluated[name, c.step]) for c in scored[:-1]]}
         )
-        samples[name] = _samples(metrics)
+        samples[name] = _samples(newest, metrics)
         definitions |= metrics.metrics["definitions"] if metrics else {}
     first = next((sae for sae in saes if sae["baselines"]["dense_probe"] is not None), saes[0] if saes else None)
     report = {
@@ -110,7 +73,8 @@ def build_report(
 def render_page(report: Json, reports: Sequence[MetricsReport], histories: Mapping[str, Sequence[Json]]) -> str:
     """The report as one HTML page that asks nothing of the network.
 
-    Its policy lets no script run but its own, named by hash: text from documents is escaped, and would be inert if it were not.
+    Its policy lets no script run but its own, named by hash: text from documents is escaped, and would be inert if it
+    were not.
     """
     newest = views.newest_reports(report, reports)
     figures = {
@@ -119,15 +83,21 @@ def render_page(report: Json, reports: Sequence[MetricsReport], histories: Mappi
     }
     scripts = [get_plotlyjs(), (_TEMPLATES / "report.js").read_text("utf-8")]
     environment = Environment(
-        loader=FileSystemLoader(_TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        loader=FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
     environment.filters |= views.FILTERS
     return environment.get_template("report.html").render(
         report=report,
         lines=sae_lines(report),
         headline=views.headline(report),
+        trajectory=views.trajectory_table(report),
         concepts=views.concept_table(report, newest),
         left_out=views.left_out(newest),
+        samples=views.sample_groups(report),
         latents={name: metrics.metrics["latents"] for name, metrics in newest.items() if metrics.metrics["latents"]},
         omitted=views.omitted_sentences(report),
         warnings=views.erasure_warnings(newest),
@@ -140,8 +110,9 @@ def render_page(report: Json, reports: Sequence[MetricsReport], histories: Mappi
 
 
 def _sae(checkpoint: CheckpointRecord, metrics: MetricsReport | None, history: list[Json], root_url: str) -> Json:
-    found = metrics.metrics if metrics else _NOT_EVALUATED
-    picked = {key: _pick(found, path) for key, path in _SCORES.items()}
+    found = metrics.metrics if metrics else NOT_EVALUATED
+    folder = layout.checkpoint(checkpoint.run_id, checkpoint.name, checkpoint.step)
+    picked = {key: _pick(found, path) for key, path in SCORES.items()}
     return {
         "name": checkpoint.name,
         "variant": checkpoint.variant,
@@ -149,7 +120,7 @@ def _sae(checkpoint: CheckpointRecord, metrics: MetricsReport | None, history: l
         "d_in": checkpoint.d_in,
         "d_latent": checkpoint.d_latent,
         "k": checkpoint.sae["k"],
-        "checkpoint": f"{root_url.rstrip('/')}/{_checkpoint_folder(checkpoint)}",
+        "checkpoint": f"{root_url.rstrip('/')}/{folder}",
         "checkpoint_digest": checkpoint.digest(),
         "step": checkpoint.step,
         "rows_trained": checkpoint.rows_trained,
@@ -168,7 +139,7 @@ def _sae(checkpoint: CheckpointRecord, metrics: MetricsReport | None, history: l
 
 
 def _milestone(checkpoint: CheckpointRecord, metrics: MetricsReport) -> Json:
-    scores = {key: _pick(metrics.metrics, _SCORES[key])[0] for key in _TRAJECTORY}
+    scores = {key: _pick(metrics.metrics, SCORES[key])[0] for key in TRAJECTORY}
     return {"step": checkpoint.step, "rows_trained": checkpoint.rows_trained, **scores}
 
 
@@ -182,13 +153,16 @@ def _pick(metrics: Json, path: tuple[str, ...]) -> tuple[Any, str | None]:
     return value, None
 
 
-def _samples(metrics: MetricsReport | None) -> Json:
+def _samples(checkpoint: CheckpointRecord, metrics: MetricsReport | None) -> Json:
     """How many tokens, documents, examples and draws stand behind one SAE's scores; null for what was omitted."""
+    seeds = {"sae": checkpoint.sae["seed"], "train": checkpoint.train["seed"]}
     if metrics is None:
-        return {"fidelity": None, "firing": None, "probing": None, "erasure": None, "seeds": None}
+        return {"fidelity": None, "firing": None, "probing": None, "erasure": None, "seeds": seeds}
     found = metrics.metrics
     probing, erasure = found["probing"], found["erasure"]
-    examples = {name: {"num_fit": c["num_fit"], "num_test": c["num_test"]} for name, c in probing.get("concepts", {}).items()}
+    examples = {
+        name: {"num_fit": c["num_fit"], "num_test": c["num_test"]} for name, c in probing.get("concepts", {}).items()
+    }
     return {
         "fidelity": {"num_tokens": metrics.num_tokens, "num_documents": found["fidelity"].get("num_documents")},
         "firing": {"num_rows": found["firing"]["num_rows"]},
@@ -198,7 +172,7 @@ def _samples(metrics: MetricsReport | None) -> Json:
         "erasure": None
         if "omitted" in erasure
         else {"num_concepts": erasure["num_concepts"], "num_examples": erasure["num_examples"]},
-        "seeds": found["seeds"],
+        "seeds": {**seeds, "evaluate": metrics.evaluate["seed"]},
     }
 
 
@@ -217,11 +191,7 @@ def _dataset(dataset: DatasetRecord) -> Json:
     }
 
 
-def _checkpoint_folder(checkpoint: CheckpointRecord) -> str:
-    return f"runs/{checkpoint.run_id}/saes/{checkpoint.name}/{checkpoint.step}"
-
-
-def _without_nan(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _without_nan(value: Any) -> Any:
     """The same JSON with null where a number is NaN or infinite, which JSON cannot say."""
     if isinstance(value, Mapping):
         return {key: _without_nan(item) for key, item in value.items()}

@@ -4,7 +4,7 @@ Built from the report's JSON and the training curves; knows nothing of HTML. Cal
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,11 @@ Series = Mapping[str, float]
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 _NEUTRAL = "#8a8a8a"
+_DECADES = [10.0**exponent for exponent in range(-6, 5)]
+_LOG_TICKS = {
+    "tickvals": [digit * decade for decade in _DECADES for digit in (1, 2, 5)],
+    "ticktext": [f"{digit * decade:g}" for decade in _DECADES for digit in (1, 2, 5)],
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Figure:
     caption: str
     key: tuple[Line, ...]
     plot: Json
-    """Plotly's JSON: data and layout. Colours of paper, ink and grid are left to the page, which knows light from dark."""
+    """Plotly's JSON: data and layout. The page, which knows light from dark, adds colours of paper, ink and grid."""
 
 
 def sae_lines(report: Json) -> dict[str, Line]:
@@ -53,10 +58,16 @@ def sae_lines(report: Json) -> dict[str, Line]:
 def training_figures(report: Json, histories: Mapping[str, Sequence[Json]]) -> list[Figure]:
     """Curves over rows trained on, from training batches; none for a run without histories."""
     curves = (
-        ("loss", "Training loss", "loss", "log", "The objective that is minimised, averaged over prefixes where nested."),
+        (
+            "loss",
+            "Training loss",
+            "loss",
+            "log",
+            "The objective that is minimised, averaged over prefixes where nested.",
+        ),
         ("fvu", "FVU on training batches", "fraction of variance unexplained", "log", "At full width."),
         ("l0", "L0 on training batches", "active latents per token", "linear", "BatchTopK holds its mean at k."),
-        ("dead_share", "Dead latents in training", "share of latents", "linear", _dead_caption(report)),
+        ("dead_share", "Dead latents in training", "share of all latents", "linear", _dead_caption(report)),
     )
     return [
         _training_figure(report, histories, *curve)
@@ -85,7 +96,8 @@ def _training_figure(
         )
         for name, line in lines.items()
     ]
-    plot = _plot(traces, {"title": "rows trained on (tokens)", "tickformat": "~s"}, {"title": unit, "type": scale})
+    y_axis = {"title": unit, "type": scale, **(_LOG_TICKS if scale == "log" else {"rangemode": "tozero"})}
+    plot = _plot(traces, {"title": "rows trained on (tokens)", "tickformat": "~s"}, y_axis)
     return Figure(f"training-{key}", title, caption, _without_symbols(lines.values()), plot)
 
 
@@ -111,9 +123,11 @@ def _probing_figure(report: Json) -> Figure:
     plot = _plot(
         [_series_trace(line, values) for line, values in baselines + own],
         {"title": "latents read by the probe (k)", "type": "log", **_ticks(values for _, values in own)},
-        {"title": "mean test accuracy (share correct)"},
+        {"title": "mean balanced accuracy"},
     )
-    caption = f"Logistic probes on the k most telling latents, mean of {_concepts(report, 'probing')}. Higher is better."
+    caption = (
+        f"Logistic probes on the k most telling latents, mean of {_concepts(report, 'probing')}. Higher is better."
+    )
     return Figure("probing", "Sparse probing", caption, tuple(line for line, _ in own + baselines), plot)
 
 
@@ -151,7 +165,12 @@ def _firing_figure(report: Json, firing: Mapping[str, Json]) -> Figure:
         )
     plot = _plot(
         traces,
-        {"title": "firing rate (share of tokens)", "type": "log", "exponentformat": "power", "dtick": 1},
+        {
+            "title": "firing rate (share of tokens)",
+            "type": "log",
+            "tickvals": _DECADES,
+            "ticktext": [f"{100 * rate:g}%" for rate in _DECADES],
+        },
         {"title": "share of all latents", "tickformat": ".0%", "rangemode": "tozero"},
     )
     num_rows = max((content["num_rows"] for content in firing.values() if content), default=0)
@@ -160,13 +179,20 @@ def _firing_figure(report: Json, firing: Mapping[str, Json]) -> Figure:
 
 
 def _plot(traces: list[go.Scatter], x_axis: Json, y_axis: Json) -> Json:
-    axis = {"automargin": True, "zeroline": False, "ticks": "outside", "ticklen": 4, "showline": True, "title_standoff": 8}
+    axis = {
+        "automargin": True,
+        "zeroline": False,
+        "ticks": "outside",
+        "ticklen": 4,
+        "showline": True,
+        "title_standoff": 8,
+    }
     figure = go.Figure(
         traces,
         {
             "template": go.layout.Template(),
             "showlegend": False,
-            "margin": {"l": 8, "r": 12, "t": 8, "b": 8},
+            "margin": {"l": 8, "r": 24, "t": 8, "b": 8},
             "xaxis": {**axis, "showgrid": False, **x_axis},
             "yaxis": {**axis, "showline": False, "ticks": "", **y_axis},
             "hovermode": "closest",
@@ -195,9 +221,7 @@ def _rows_with(report: Json, key: str) -> list[tuple[Json, Line]]:
     return [(row, lines[row["name"]]) for row in report["saes"] if row[key]]
 
 
-def _baselines(
-    report: Json, label: str, dash: str, pick: Callable[[Json], Series | None]
-) -> list[tuple[Line, Series]]:
+def _baselines(report: Json, label: str, dash: str, pick: Callable[[Json], Series | None]) -> list[tuple[Line, Series]]:
     """A baseline that is the same for every SAE is drawn once and grey; else one line in each SAE's colour."""
     lines = sae_lines(report)
     found = {row["name"]: series for row in report["saes"] if (series := pick(row["baselines"]))}
@@ -212,17 +236,17 @@ def _dense_series(baselines: Json) -> Series | None:
     return None if dense is None or not ks else dict.fromkeys(ks, dense)
 
 
-def _ticks(series: Any) -> Json:  # noqa: ANN401 - any iterable of Series
+def _ticks(series: Iterable[Series]) -> Json:
     values = sorted({int(x) for values in series for x in values})
     return {"tickvals": values, "ticktext": [f"{value:,}" for value in values]}
 
 
-def _without_symbols(lines: Any) -> tuple[Line, ...]:  # noqa: ANN401 - any iterable of Line
+def _without_symbols(lines: Iterable[Line]) -> tuple[Line, ...]:
     return tuple(Line(line.label, line.color) for line in lines)
 
 
 def _held_out(report: Json) -> str:
-    tokens = [samples["fidelity"]["num_tokens"] for samples in report["samples"].values()]
+    tokens = [samples["fidelity"]["num_tokens"] for samples in report["samples"].values() if samples["fidelity"]]
     return f"{max(tokens, default=0):,} held-out tokens"
 
 
@@ -233,4 +257,6 @@ def _concepts(report: Json, section: str) -> str:
 
 def _dead_caption(report: Json) -> str:
     rows = report["config"].get("train", {}).get("dead_after_rows")
-    return f"Latents that fired for none of the last {rows:,} rows." if rows else "Latents that have not fired for long."
+    return (
+        f"Latents that fired for none of the last {rows:,} rows." if rows else "Latents that have not fired for long."
+    )

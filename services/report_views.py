@@ -1,7 +1,9 @@
 """What the page's tables show, row by row: plain values for the template, no HTML. Called by services/report.py."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from services.report_figures import sae_lines
@@ -23,6 +25,12 @@ class Column:
     format: Callable[[Any], str]
     color: str | None = None
     """Of the SAE whose numbers these are."""
+    shaded: bool = False
+    """Whether the page shades a cell by its value."""
+
+    def shade(self, value: float | None) -> float | None:
+        """How strong the shade is, 0 to 1: none at an accuracy of 0.5, full at 1."""
+        return None if value is None or not self.shaded else round(min(max(2 * value - 1, 0.0), 1.0), 2)
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,11 @@ class Table:
         """The columns of all groups, in order."""
         return tuple(column for group in self.groups for column in group.columns)
 
+    @property
+    def firsts(self) -> set[int]:
+        """Positions of the columns that begin a group."""
+        return set(accumulate((len(group.columns) for group in self.groups[:-1]), initial=0))
+
 
 def fixed(digits: int) -> Callable[[float | None], str]:
     """A formatter with so many decimals, a true minus sign, and a dash for a missing value."""
@@ -82,7 +95,12 @@ def duration(seconds: float) -> str:
 
 def rate(value: float) -> str:
     """A firing rate as a percentage with two significant digits."""
-    return f"{float(f'{100 * value:.2g}'):g} %"
+    return f"{float(f'{100 * value:.2g}'):g}%"
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON for people to read."""
+    return json.dumps(value, indent=indent, ensure_ascii=False)
 
 
 def visible(token: str) -> str:
@@ -92,6 +110,7 @@ def visible(token: str) -> str:
 
 FILTERS = {
     "duration": duration,
+    "json": as_json,
     "percent": percent,
     "rate": rate,
     "variant": lambda name: VARIANTS.get(name, name),
@@ -107,9 +126,9 @@ def newest_reports(report: Json, reports: Sequence[MetricsReport]) -> dict[str, 
     return {name: found[name] for name in steps if name in found}
 
 
-def full_width_fvu(row: Json) -> float | None:
-    """FVU with every latent in use."""
-    value: float | None = (row["fvu"] or {}).get(str(row["d_latent"]))
+def full_width_fvu(row: Json, d_latent: int) -> float | None:
+    """FVU with every latent in use, of an SAE's row or of one of its earlier checkpoints."""
+    value: float | None = (row["fvu"] or {}).get(str(d_latent))
     return value
 
 
@@ -121,25 +140,42 @@ def numbers_of(report: Json, key: str) -> list[str]:
 def headline(report: Json) -> Table:
     """One row per SAE, then the baselines of probing and erasure."""
     ks, ns = numbers_of(report, "sparse_probing"), numbers_of(report, "tpp")
-    groups = (
-        Group("", (Column("latents", whole), Column("L0", fixed(1)), Column("dead", percent))),
-        Group("recovered", (Column("CE", percent), Column("CE, mean abl.", percent), Column("KL", percent))),
-        Group("FVU", (Column("full width", fixed(3)),)),
-        *([Group("sparse probing, accuracy", tuple(Column(f"k = {k}", fixed(3)) for k in ks))] if ks else []),
-        *([Group("erasure, TPP", tuple(Column(f"n = {n}", fixed(3)) for n in ns))] if ns else []),
-    )
-    fidelity = ("ce_recovered", "ce_recovered_mean_ablation", "kl_recovered")
     rows = [
         Row(
             row["name"],
-            (row["d_latent"], row["l0"], row["dead_share"], *(row[key] for key in fidelity), full_width_fvu(row))
-            + _cells(row["sparse_probing"], ks)
-            + _cells(row["tpp"], ns),
+            (row["d_latent"], *_scores(row, row["d_latent"], ks, ns)),
             VARIANTS.get(row["variant"], row["variant"]),
         )
         for row in report["saes"]
     ]
-    return Table(groups, (*rows, *_baseline_rows(report, ks, ns)))
+    return Table(_score_groups("latents", ks, ns), (*rows, *_baseline_rows(report, ks, ns)))
+
+
+def trajectory_table(report: Json) -> Table | None:
+    """The same scores of earlier checkpoints; None where there are none."""
+    ks, ns = numbers_of(report, "sparse_probing"), numbers_of(report, "tpp")
+    rows = [
+        Row(row["name"], (milestone["rows_trained"], *_scores(milestone, row["d_latent"], ks, ns)))
+        for row in report["saes"]
+        for milestone in row["trajectory"]
+    ]
+    return Table(_score_groups("rows trained", ks, ns), tuple(rows)) if rows else None
+
+
+def _score_groups(first: str, ks: list[str], ns: list[str]) -> tuple[Group, ...]:
+    return (
+        Group("", (Column(first, whole), Column("L0", fixed(1)), Column("dead", percent))),
+        Group("recovered", (Column("CE", percent), Column("CE (mean)", percent), Column("KL", percent))),
+        Group("FVU", (Column("full width", fixed(3)),)),
+        *([Group("sparse probing, accuracy", tuple(Column(f"k = {k}", fixed(3)) for k in ks))] if ks else []),
+        *([Group("erasure, TPP", tuple(Column(f"n = {n}", fixed(3)) for n in ns))] if ns else []),
+    )
+
+
+def _scores(row: Json, d_latent: int, ks: list[str], ns: list[str]) -> tuple[float | None, ...]:
+    keys = ("l0", "dead_share", "ce_recovered", "ce_recovered_mean_ablation", "kl_recovered")
+    probing, tpp = _cells(row["sparse_probing"], ks), _cells(row["tpp"], ns)
+    return (*(row[key] for key in keys), full_width_fvu(row, d_latent), *probing, *tpp)
 
 
 def _baseline_rows(report: Json, ks: list[str], ns: list[str]) -> list[Row]:
@@ -159,38 +195,50 @@ def _baseline_rows(report: Json, ks: list[str], ns: list[str]) -> list[Row]:
 
 def concept_table(report: Json, newest: Mapping[str, MetricsReport]) -> Table | None:
     """Accuracy and erasure concept by concept, children under their parents; None where nothing was probed."""
-    probed = {name: m.metrics["probing"] for name, m in newest.items() if "omitted" not in m.metrics["probing"]}
+    probed = {
+        name: m.metrics["probing"]["concepts"] for name, m in newest.items() if "concepts" in m.metrics["probing"]
+    }
+    erased = {
+        name: m.metrics["erasure"]["concepts"] for name, m in newest.items() if "concepts" in m.metrics["erasure"]
+    }
     if not probed:
         return None
-    lines = sae_lines(report)
-    ks, ns = numbers_of(report, "sparse_probing"), numbers_of(report, "tpp")[-1:]
-    erased = {name: newest[name].metrics["erasure"] for name in probed if "omitted" not in newest[name].metrics["erasure"]}
-    own = tuple(Column(name, fixed(3), lines[name].color) for name in probed)
-    groups = [
-        Group("test examples", (Column("number", whole),)),
-        Group("dense", (Column("probe", fixed(3)),)),
-        *(Group(f"probe of k = {k}", (*own, Column("channels", fixed(3)))) for k in dict.fromkeys((ks[0], ks[-1]))),
+    lines, all_ks = sae_lines(report), numbers_of(report, "sparse_probing")
+    ks, ns = list(dict.fromkeys((all_ks[0], all_ks[-1]))), numbers_of(report, "tpp")[-1:]
+    own = tuple(Column(name, fixed(3), lines[name].color, shaded=True) for name in probed)
+    channels, dense = Column("channels", fixed(3), shaded=True), Column("probe", fixed(3), shaded=True)
+    groups = (
+        Group("test", (Column("examples", whole),)),
+        Group("dense", (dense,)),
+        *(Group(f"probe of k = {k}", (*own, channels)) for k in ks),
         *(Group(f"TPP at n = {n}", tuple(Column(name, fixed(3), lines[name].color) for name in erased)) for n in ns),
-    ]
-    concepts = {name: content for probing in probed.values() for name, content in reversed(probing["concepts"].items())}
-    concepts = dict(reversed(concepts.items()))
+    )
+    concepts = _first_mentions(probed)
 
     def cells(concept: str) -> tuple[Any, ...]:
-        any_sae = concepts[concept]
-        values: list[Any] = [any_sae["num_test"], any_sae["dense"]]
-        for k in dict.fromkeys((ks[0], ks[-1])):
-            values += [probing["concepts"].get(concept, {}).get("sparse", {}).get(k) for probing in probed.values()]
-            values.append(any_sae["residual"].get(k))
-        values += [erasure["concepts"].get(concept, {}).get(n) for n in ns for erasure in erased.values()]
-        return tuple(values)
+        content = concepts[concept]
+        values = [content["num_test"], content["dense"]]
+        for k in ks:
+            values += [found.get(concept, {}).get("sparse", {}).get(k) for found in probed.values()]
+            values.append(content["residual"].get(k))
+        return (*values, *(found.get(concept, {}).get(n) for n in ns for found in erased.values()))
 
     parents = {name: content["parent"] for name, content in concepts.items()}
-    rows = [Row(name, cells(name) if name in concepts else (), depth=depth) for name, depth in outline(parents)]
-    return Table(tuple(groups), tuple(rows))
+    rows = (Row(name, cells(name) if name in concepts else (), depth=depth) for name, depth in outline(parents))
+    return Table(groups, tuple(rows))
+
+
+def _first_mentions(probed: Mapping[str, Json]) -> Json:
+    """Concept -> what the first SAE that has it says; sample sizes, dense and channel probes are the same for all."""
+    concepts: Json = {}
+    for found in probed.values():
+        for name, content in found.items():
+            concepts.setdefault(name, content)
+    return concepts
 
 
 def outline(parents: Mapping[str, str | None]) -> list[tuple[str, int]]:
-    """Concept -> parent as an indented list: (name, depth), parents before children, a parent that is no concept included."""
+    """Concept -> parent as an indented list: (name, depth), parents first, a parent that is no concept included."""
     children: dict[str | None, list[str]] = {}
     for name, parent in parents.items():
         children.setdefault(parent, []).append(name)
@@ -202,6 +250,20 @@ def outline(parents: Mapping[str, str | None]) -> list[tuple[str, int]]:
         order.append((name, depth))
         ahead += [(child, depth + 1) for child in reversed(children.get(name, []))]
     return order
+
+
+def sample_groups(report: Json) -> list[tuple[list[str], Json]]:
+    """SAEs whose scores stand on the same samples, together; those without scores are left out."""
+    groups: list[tuple[list[str], Json]] = []
+    for name, samples in report["samples"].items():
+        if samples["firing"] is None:
+            continue
+        same = next((names for names, content in groups if content == samples), None)
+        if same is None:
+            groups.append(([name], samples))
+        else:
+            same.append(name)
+    return groups
 
 
 def left_out(newest: Mapping[str, MetricsReport]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Which run an invocation means: the one its configuration names, a finished one, or another of the same configuration."""
+"""Which run an invocation means: the one its configuration names, or another of the same configuration."""
 
 from itertools import count
 
@@ -15,6 +15,6 @@ def finished_summary(storage: Storage, run_id: str) -> RunSummary | None:
 
 def free_run_id(storage: Storage, run_id: str) -> str:
     """`run_id` with the first number behind it that no run under this root has."""
-    if reports.read_run(storage, run_id) is None:
+    if not reports.run_exists(storage, run_id):
         return run_id
-    return next(name for n in count(2) if reports.read_run(storage, name := f"{run_id}-{n}") is None)
+    return next(name for n in count(2) if not reports.run_exists(storage, name := f"{run_id}-{n}"))

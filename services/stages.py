@@ -1,4 +1,5 @@
-"""The three stages of a run, as the controller sees them: which calls are out, which came back, which must be made again.
+"""The three stages of a run, as the controller sees them: which calls are out, which came back, which must be made
+again.
 
 Exactly-once comes from storage: a call that is made twice finds the first one's commit. Called by `services.pipeline`.
 """
@@ -15,7 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError
 from rich.console import Console
 
-from services.cluster import Slot, StageFailed
+from services.cluster import Slot, StageError
 from services.config import RunConfig
 from services.exporter import Exporter
 from services.placement import Plan
@@ -91,7 +92,7 @@ def _prepare(context: Context, slot: Slot) -> str:
         for prepared in slot.stream(lambda actor: actor.prepare.remote()):
             progress.update(prepared.num_rows, context.config.harvest.max_rows)
     if prepared is None or prepared.dataset_id is None:
-        raise StageFailed("the harvester ended without a dataset: see its log")
+        raise StageError("the harvester ended without a dataset: see its log")
     return prepared.dataset_id
 
 
@@ -100,9 +101,14 @@ def _harvest_shards(context: Context, slots: list[Slot], dataset: Dataset) -> No
     rows = sum(commit.num_rows for commit in dataset.commits().values())
     waiting = deque(dataset.missing_shards())
     out: dict[Any, tuple[Slot, Any, int]] = {}
-    if not waiting:
-        context.console.print(f"harvest: dataset {dataset.record.dataset_id} is complete, {rows:,} rows", highlight=False)
     context.telemetry.set(PLANNED_ROWS, dataset.record.num_rows)
+    context.telemetry.set(COMMITTED_ROWS, rows)
+    context.tell()
+    if not waiting:
+        context.console.print(
+            f"harvest: dataset {dataset.record.dataset_id} is complete, {rows:,} rows", highlight=False
+        )
+        return
     with StageProgress(context.console, "harvest", "rows") as progress:
         while waiting or out:
             for slot in slots:
@@ -143,7 +149,9 @@ def train(context: Context, dataset_id: str) -> None:
         with StageProgress(context.console, "train", "rows") as progress:
             for advance in _slices(slot):
                 context.tell()
-                progress.update(advance.rows_trained, config.train.num_steps * config.train.batch_rows, _figures(advance))
+                progress.update(
+                    advance.rows_trained, config.train.num_steps * config.train.batch_rows, _figures(advance)
+                )
     except KeyboardInterrupt:
         _save(slot)
         raise
@@ -175,7 +183,8 @@ def _figures(advance: Advance) -> str:
 
 
 class Evaluation:
-    """Follows a run's checkpoints, newest first, never the same twice; in a thread while the trainer works, or after it."""
+    """Follows a run's checkpoints, newest first, never the same twice; in a thread while the trainer works, or after
+    it."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -210,7 +219,13 @@ class Evaluation:
 
         def make(name: str) -> Any:
             return Evaluator.options(**placement.options).remote(
-                name, config.storage, config.model, config.text, config.harvest, config.evaluate, config.eval_prefixes,
+                name,
+                config.storage,
+                config.model,
+                config.text,
+                config.harvest,
+                config.evaluate,
+                config.eval_prefixes,
                 placement.num_cpus,
             )
 
@@ -248,7 +263,7 @@ def _call_evaluator(actor: Any, *, run_id: str, step: int, names: tuple[str, ...
 
 def pending_checkpoints(storage: Storage, run_id: str) -> dict[int, list[str]]:
     """Step -> names of the published checkpoints that have no report yet."""
-    scored = {(report.name, report.step) for report in reports.list_metrics(storage, run_id)}
+    scored = {(report.name, report.step) for report in reports.list_reports(storage, run_id)}
     pending: dict[int, list[str]] = {}
     for record in checkpoints.list_checkpoints(storage, run_id):
         if (record.name, record.step) not in scored:

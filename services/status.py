@@ -1,4 +1,5 @@
-"""What storage alone tells of runs and datasets: `dollhouse status` and `dollhouse inspect`. Starts nothing, loads no torch."""
+"""What storage alone tells of runs and datasets: `dollhouse status` and `dollhouse inspect`. Starts nothing, loads no
+torch."""
 
 from typing import Any
 
@@ -15,20 +16,21 @@ _SAMPLE_TOKENS = 24
 
 def all_runs(storage: Storage) -> list[dict[str, Any]]:
     """One entry a run: its dataset's rows, each SAE's steps, what is scored, whether a controller holds it."""
-    return [_run_status(storage, record) for record in reports.list_runs(storage)]
+    return [_run_status(storage, reports.read_run(storage, run_id)) for run_id in reports.list_runs(storage)]
 
 
 def _run_status(storage: Storage, record: RunRecord) -> dict[str, Any]:
-    dataset = Dataset.find(storage, record.dataset_id) if record.dataset_id else None
+    dataset_id = reports.read_run_dataset(storage, record.run_id)
+    dataset = Dataset.find(storage, dataset_id) if dataset_id else None
     summary = reports.read_summary(storage, record.run_id)
     train = record.config["train"]
     num_steps = train["rows"] // train["batch_rows"]
     newest = {entry.name: entry.step for entry in checkpoints.list_checkpoints(storage, record.run_id)}
-    scored = {entry.name: entry.step for entry in reports.list_metrics(storage, record.run_id)}
+    scored = {entry.name: entry.step for entry in reports.list_reports(storage, record.run_id)}
     return {
         "run": record.run_id,
         "recipe": record.recipe,
-        "dataset": record.dataset_id,
+        "dataset": dataset_id,
         "rows_committed": sum(commit.num_rows for commit in dataset.commits().values()) if dataset else 0,
         "rows_planned": dataset.record.num_rows if dataset else None,
         "saved_step": checkpoints.latest_state_step(storage, record.run_id, "trainer-0"),
@@ -36,7 +38,7 @@ def _run_status(storage: Storage, record: RunRecord) -> dict[str, Any]:
         "published_step": {sae["name"]: newest.get(sae["name"]) for sae in record.config["saes"]},
         "scored_step": {sae["name"]: scored.get(sae["name"]) for sae in record.config["saes"]},
         "finished": bool(summary and summary.finished),
-        "controller": leases.live_owner(storage, record.run_id),
+        "controller": leases.holder(storage, record.run_id),
     }
 
 

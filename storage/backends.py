@@ -1,8 +1,9 @@
-"""The file systems under `filesystem.Storage`: local disk by the `os` module, S3, GCS and Azure by obstore, the rest by fsspec.
+"""The file systems under `filesystem.Storage`: local disk by `os`; S3, GCS and Azure by obstore; the rest by fsspec.
 
 One attempt each: no retries, no counting, no wording of errors; a missing object is FileNotFoundError.
 Called by `filesystem` (and wrapped by `testing`).
 """
+# ruff: noqa: D102 (the methods of a backend are documented once, in `Backend`)
 
 import contextlib
 import os
@@ -90,7 +91,9 @@ class LocalBackend:
 
     def keys(self, prefix: str) -> list[str]:
         folders = os.walk(self.root / prefix)
-        return [(Path(folder) / name).relative_to(self.root).as_posix() for folder, _, names in folders for name in names]
+        return [
+            (Path(folder) / name).relative_to(self.root).as_posix() for folder, _, names in folders for name in names
+        ]
 
     def names(self, prefix: str) -> list[str]:
         try:
@@ -149,7 +152,7 @@ def _synchronise(folder: Path) -> None:
 
 
 class ObjectBackend:
-    """A bucket, or a prefix of one. Credentials, region and endpoint come from the environment (AWS_..., GOOGLE_..., AZURE_...)."""
+    """A bucket, or a prefix of one. Credentials and endpoint come from the environment: AWS_*, GOOGLE_*, AZURE_*."""
 
     creates_exclusively = True
 
@@ -157,7 +160,10 @@ class ObjectBackend:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
         self.store = from_url(
             root,
-            client_options={"timeout": timedelta(seconds=timeout_seconds), "allow_http": endpoint.startswith("http://")},
+            client_options={
+                "timeout": timedelta(seconds=timeout_seconds),
+                "allow_http": endpoint.startswith("http://"),
+            },
             retry_config={"max_retries": 0},  # `filesystem` retries, and counts
         )
 

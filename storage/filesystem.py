@@ -26,7 +26,7 @@ NUM_CONNECTIONS = 4
 _FIRST_DELAY_SECONDS = 0.2
 _LONGEST_DELAY_SECONDS = 10.0
 _TRANSIENT_ERRNOS = {
-    errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETUNREACH, errno.EHOSTUNREACH,
+    errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETUNREACH,
 }  # fmt: skip
 _SECRET_VARIABLE = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
@@ -37,11 +37,11 @@ class StorageError(OSError):
     """A request that failed for good. The message names the operation and the URL."""
 
 
-class StorageConflict(ValueError):
+class StorageConflictError(ValueError):
     """What is stored under a key is not what the writer has; nothing was overwritten."""
 
 
-class DamagedData(ValueError):
+class DamagedDataError(ValueError):
     """What is stored is not what was committed."""
 
 
@@ -80,8 +80,7 @@ class Storage:
         """The URL of a key, without user, password and query, for messages and for other readers."""
         if self.is_local:
             return os.path.join(self.config.root, key) if key else self.config.root
-        parts = urlsplit(self.config.root)
-        root = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}".rstrip("/")
+        root = _without_user(self.config.root.partition("?")[0]).rstrip("/")
         return f"{root}/{key}" if key else root
 
     def get(self, key: str) -> bytes:
@@ -96,25 +95,22 @@ class Storage:
         self._count(num_bytes_written=len(data))
 
     def put_if_absent(self, key: str, data: bytes | memoryview) -> bool:
-        """Create, and say whether this call did. False also after a lost answer to an earlier try: compare before use."""
+        """Create, and say whether this call did. False also where a first try did, and its answer was lost: compare."""
         created = self._attempt("create", key, lambda: self.backend.create(key, data))
         self._count(num_bytes_written=len(data) if created else 0)
         return created
 
     def adopt_or_refuse(self, key: str, data: bytes | memoryview) -> bool:
-        """Create, or adopt an identical object. True where this call created it; StorageConflict where another one is there."""
+        """Create (True), or adopt an identical object (False); StorageConflictError where another one is there."""
         if self.put_if_absent(key, data):
             return True
         if self.get(key) != data:
-            raise StorageConflict(f"{self.url(key)} exists with other content: it was kept, and nothing was written")
+            raise StorageConflictError(
+                f"{self.url(key)} exists with other content: it was kept, and nothing was written"
+            )
         return False
 
-    def list(self, prefix: str) -> list[str]:
-        """All keys in the folder `prefix`, at any depth, sorted; [] where there is none. Files being written are not shown."""
-        keys = self._attempt("list", prefix, lambda: self.backend.keys(prefix))
-        return sorted(key for key in keys if not _is_hidden(key))
-
-    def names(self, prefix: str) -> list[str]:  # type: ignore[valid-type]  # `list` above is a method
+    def names(self, prefix: str) -> list[str]:
         """Names of the files and folders right below `prefix`, sorted."""
         names = self._attempt("list", prefix, lambda: self.backend.names(prefix))
         return sorted({name for name in names if not _is_hidden(name)})
@@ -147,6 +143,11 @@ class Storage:
             raise ValueError(
                 f"storage.root {self.url()} has no create-only write: use a folder, s3://, gs://, az:// or memory://"
             )
+
+    def list(self, prefix: str) -> list[str]:
+        """All keys in the folder `prefix`, at any depth, sorted; [] if there is none. Leaves out half-written files."""
+        keys = self._attempt("list", prefix, lambda: self.backend.keys(prefix))
+        return sorted(key for key in keys if not _is_hidden(key))
 
     def _open(self) -> Backend:
         scheme = urlsplit(self.config.root).scheme
@@ -191,10 +192,13 @@ def _is_transient(error: Exception) -> bool:
     return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS
 
 
+def _without_user(text: str) -> str:
+    return re.sub(r"://[^/@\s]*@", "://", text)
+
+
 def _redacted(error: Exception) -> str:
     """Type and first line of an error, without user names and passwords of URLs and the environment's secrets."""
-    text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    text = re.sub(r"://[^/@\s]*@", "://", text)
+    text = _without_user(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_VARIABLE.search(name):
             text = text.replace(value, "***")

@@ -23,7 +23,7 @@ def checked(name: str, what: str) -> str:
     """`name` itself, or a ValueError where it could not be one component of a key."""
     if not _NAME.fullmatch(name):
         raise ValueError(
-            f"{what} {name!r} cannot name a file: use up to 128 letters, digits, '.', '_' and '-', a letter or digit first"
+            f"{what} {name!r} cannot name a file: use up to 128 letters, digits, '.', '_', '-', and no sign first"
         )
     return name
 
@@ -84,6 +84,11 @@ def run(run_id: str) -> str:
 def run_record(run_id: str) -> str:
     """The RunRecord."""
     return f"{run(run_id)}/run.json"
+
+
+def run_dataset(run_id: str) -> str:
+    """Which dataset a run is trained on."""
+    return f"{run(run_id)}/dataset.json"
 
 
 def run_config(run_id: str) -> str:

@@ -1,4 +1,4 @@
-"""Frozen records that cross a disk or a process boundary. Each carries a schema version and the digest of what it came from.
+"""Frozen records that cross a disk or a process boundary, each with a schema version and the digest of its source.
 
 report -> checkpoint -> manifest -> dataset -> configuration: every number can be traced to its tokens by digest.
 Written and read by this floor; `workers` and `services` build and consume them.
@@ -35,7 +35,9 @@ class Record(BaseModel):
             raise ValueError(f"{where} is not JSON ({error}): it is torn or was not written by dollhouse") from error
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
-            raise ValueError(f"{where} has schema version {version!r}, this program reads {SCHEMA_VERSION}: update dollhouse")
+            raise ValueError(
+                f"{where} has schema version {version!r}, this program reads {SCHEMA_VERSION}: update dollhouse"
+            )
         try:
             return cls.model_validate(content)
         except ValidationError as error:
@@ -110,6 +112,24 @@ class DatasetRecord(Record):
         """Shards that make the dataset complete."""
         return -(-self.num_rows // self.rows_per_shard)
 
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of each array; the last one is padded with zeros."""
+        return -(-self.num_rows // self.rows_per_chunk)
+
+    def chunks_of(self, shard: int) -> range:
+        """Indices of a shard's chunks."""
+        first = shard * self.chunks_per_shard
+        return range(first, min(first + self.chunks_per_shard, self.num_chunks))
+
+    def rows_in_chunk(self, chunk: int) -> int:
+        """Rows of a chunk, padding aside."""
+        return min(self.rows_per_chunk, self.num_rows - chunk * self.rows_per_chunk)
+
+    def rows_in_shard(self, shard: int) -> int:
+        """Rows of a shard, padding aside."""
+        return min(self.rows_per_shard, self.num_rows - shard * self.rows_per_shard)
+
 
 class Moments(Record):
     """Mergeable statistics of one hook over the unflagged rows of a shard (float64)."""
@@ -172,8 +192,8 @@ class CheckpointRecord(Record):
     """The factor that training multiplied its input by."""
     train_metrics: dict[str, float]
     """Loss, FVU, L0 and dead share of the last training steps, on training batches."""
-    tensors_sha256: str
-    """SHA-256 of sae.safetensors."""
+    tensors_sha256: str = ""
+    """SHA-256 of sae.safetensors; `checkpoints.publish` fills it in."""
 
 
 class MetricsReport(Record):
@@ -201,7 +221,13 @@ class RunRecord(Record):
     run_id: str
     recipe: str
     config: Json
-    dataset_id: str | None = None
+
+
+class RunDataset(Record):
+    """Which dataset a run is trained on; written once, when its harvest has found or made it."""
+
+    run_id: str
+    dataset_id: str
 
 
 class RunSummary(Record):

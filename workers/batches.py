@@ -1,11 +1,12 @@
-"""In-memory values that pass between rooms: windows of tokens. Shapes are in the types' docstrings; nothing here reads or writes."""
+"""In-memory values that pass between rooms: windows of tokens. Shapes are in the types' docstrings; nothing here reads
+or writes."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from storage.shards import Flag
+from storage.arrays import Flag
 
 UNUSABLE = Flag.BOS | Flag.PADDING | Flag.SPECIAL
 
@@ -20,7 +21,7 @@ class Windows:
     document_ids: npt.NDArray[np.int32]
     """Index of the document in its source."""
     flags: npt.NDArray[np.uint8]
-    """Bits of `storage.shards.Flag`."""
+    """Bits of `storage.arrays.Flag`."""
     offsets: npt.NDArray[np.int32]
     """[windows, context, 2]: characters [start, end) of the token in its document; (0, 0) for special tokens."""
 
@@ -30,7 +31,11 @@ class Windows:
     def take(self, which: npt.NDArray[np.intp] | slice) -> "Windows":
         """The windows named by an index array or a slice."""
         return Windows(
-            self.token_ids[which], self.positions[which], self.document_ids[which], self.flags[which], self.offsets[which]
+            self.token_ids[which],
+            self.positions[which],
+            self.document_ids[which],
+            self.flags[which],
+            self.offsets[which],
         )
 
     @property

@@ -41,7 +41,8 @@ class TextConfig(FrozenConfig):
     """Where text comes from."""
 
     source: Literal["stdlib", "files", "sae-probes", "hub"] = "stdlib"
-    """`stdlib`: Python's own; `files`: text, JSONL or Parquet by glob; `sae-probes`: the wheel's labelled sets; `hub`."""
+    """`stdlib`: Python's own; `files`: text, JSONL or Parquet by glob; `sae-probes`: the wheel's labelled sets; `hub`.
+    """
     paths: tuple[str, ...] = ()
     """Globs of .txt, .py, .md, .jsonl or .parquet files (`files`), or the wheel (`sae-probes`)."""
     field: str = "text"
@@ -55,7 +56,8 @@ class TextConfig(FrozenConfig):
     revision: str | None = None
     """Hub data set's revision; required for a reproducible dataset id."""
     held_out_share: float = Field(0.15, gt=0, lt=1)
-    """Share of documents, by hash of their name, kept for evaluation (every source but `stdlib`, whose rule is fixed)."""
+    """Share of documents, by hash of their name, kept for evaluation (every source but `stdlib`, whose rule is fixed).
+    """
 
     @model_validator(mode="after")
     def _source_is_complete(self) -> Self:
@@ -107,7 +109,8 @@ class SAEConfig(FrozenConfig):
     num_prefixes: int = Field(10, ge=2)
     """Prefixes per batch, d_latent always among them (`random`)."""
     prefix_law: Literal["sqrt", "pareto"] = "sqrt"
-    """Law of a random length l: `sqrt` falls as l^-0.5 (the author's code), `pareto` as l^-1.5 (textbook Pareto(0.5))."""
+    """Law of a random length l: `sqrt` falls as l^-0.5 (the author's code), `pareto` as l^-1.5 (textbook Pareto(0.5)).
+    """
     seed: Seed = 0
     """Initial weights and random prefixes."""
 
@@ -118,13 +121,21 @@ class SAEConfig(FrozenConfig):
             raise ValueError(f"{where}.k is {self.k}, above d_latent = {self.d_latent}: lower k")
         if self.nesting == "fixed":
             if not self.widths:
-                raise ValueError(f'{where}.widths is empty: nesting = "fixed" needs increasing widths ending in d_latent')
+                raise ValueError(
+                    f'{where}.widths is empty: nesting = "fixed" needs increasing widths ending in d_latent'
+                )
             if any(a >= b for a, b in zip(self.widths, self.widths[1:], strict=False)) or self.widths[0] < 1:
-                raise ValueError(f"{where}.widths is {list(self.widths)}: nested widths must increase strictly from 1 or more")
+                raise ValueError(
+                    f"{where}.widths is {list(self.widths)}: nested widths must increase strictly from 1 or more"
+                )
             if self.widths[-1] != self.d_latent:
-                raise ValueError(f"{where}.widths ends in {self.widths[-1]}: the last width must be d_latent = {self.d_latent}")
+                raise ValueError(
+                    f"{where}.widths ends in {self.widths[-1]}: the last width must be d_latent = {self.d_latent}"
+                )
         elif self.widths:
-            raise ValueError(f'{where}.widths is set but nesting is "{self.nesting}": set nesting = "fixed" or drop widths')
+            raise ValueError(
+                f'{where}.widths is set but nesting is "{self.nesting}": set nesting = "fixed" or drop widths'
+            )
         if self.nesting == "random" and self.num_prefixes > self.d_latent:
             raise ValueError(f"{where}.num_prefixes is above d_latent = {self.d_latent}: lower it")
         return self
@@ -195,7 +206,8 @@ class EvalConfig(FrozenConfig):
     max_sequences: int = Field(256, ge=8)
     """Held-out windows for fidelity (cross-entropy, KL, FVU, L0)."""
     prefixes: tuple[int, ...] = ()
-    """Prefix lengths at which every SAE's FVU is given; empty: the widths of the run's fixed Matryoshka SAE, else octaves."""
+    """Prefix lengths at which every SAE's FVU is given; empty: the widths of the run's fixed Matryoshka SAE, else
+    octaves."""
     probing_k: tuple[int, ...] = (1, 2, 5)
     """Numbers of latents a sparse probe may read."""
     probing_sequences: int = Field(512, ge=8)

@@ -151,6 +151,11 @@ class Telemetry:
         """Adds one observation, in the metric's unit, to a histogram."""
         self._series(metric, partial(prometheus_client.Histogram, buckets=metric.buckets), labels).observe(value)
 
+    def forget(self, metric: Metric) -> None:
+        """Drops all series of a family, for labels that have changed; it starts anew at its next use."""
+        with self._lock:
+            self._families.pop(metric, None)
+
     def snapshot(self) -> Snapshot:
         """What this process has counted so far."""
         with self._lock:

@@ -1,10 +1,11 @@
-"""Rows per second of a training step: fast path against reference path, alternating in one process, and the encoder product alone.
+"""Rows per second of a training step: fast and reference path, alternating, and the encoder product alone.
 
     python -m tests.benchmarks.bench_train --d-in 256 --d-latent 4096 --k 32 --batch 2048 --num-prefixes 5 --threads 2
 
-A step is everything from raw rows in memory to updated weights. Both trainers start from the same weights and see the same rows, made of random
-sparse features. The reference is our own dense formula under autograd in float32, not another project's code. The encoder product alone, in the
-fast path's precision, is what no training step that scores every latent can beat.
+A step is everything from raw rows in memory to updated weights. Both trainers start from the same weights and see the
+same rows, made of random sparse features. The reference is our own dense formula under autograd in float32, not another
+project's code. The encoder product alone, in the fast path's precision, is what no training step that scores every
+latent can beat.
 """
 
 import argparse
@@ -87,7 +88,9 @@ def make_trainer(args: argparse.Namespace, compute: str) -> SAETrainer:
     n = args.num_prefixes
     widths = tuple(args.d_latent >> shift for shift in reversed(range(n)))
     nesting = {"nesting": "fixed", "widths": widths} if n > 1 else {"nesting": "none"}
-    config = SAEConfig.model_validate({"name": "bench", "hook": "none", "d_latent": args.d_latent, "k": args.k, **nesting})
+    config = SAEConfig.model_validate(
+        {"name": "bench", "hook": "none", "d_latent": args.d_latent, "k": args.k, **nesting}
+    )
     rows = args.batch * (args.steps + 1)
     train = TrainConfig.model_validate({"rows": rows, "batch_rows": args.batch, "compute": compute})
     return SAETrainer(config, train, args.d_in, torch.zeros(args.d_in), (args.d_in / 32) ** 0.5, "cpu")
@@ -98,7 +101,10 @@ def report(args: argparse.Namespace, timings: dict[str, Timing]) -> None:
     if args.json:
         results = {
             name: asdict(timing)
-            | {"median_rows_per_second": timing.median_rows_per_second, "best_rows_per_second": timing.best_rows_per_second}
+            | {
+                "median_rows_per_second": timing.median_rows_per_second,
+                "best_rows_per_second": timing.best_rows_per_second,
+            }
             for name, timing in timings.items()
         }
         print(json.dumps({"definition": __doc__, "arguments": vars(args), "results": results, "median_ratio": ratio}))
@@ -107,8 +113,8 @@ def report(args: argparse.Namespace, timings: dict[str, Timing]) -> None:
     print(", ".join(f"{name} = {value}" for name, value in vars(args).items() if name != "json"))
     for name, timing in timings.items():
         print(
-            f"{name:16s} median {timing.median_rows_per_second:10,.0f} rows/s   best {timing.best_rows_per_second:10,.0f} rows/s"
-            f"   samples [ms] {' '.join(f'{1000 * s:.1f}' for s in timing.seconds)}"
+            f"{name:16s} rows/s: median {timing.median_rows_per_second:9,.0f}, "
+            f"best {timing.best_rows_per_second:9,.0f}; samples [ms] {' '.join(f'{1000 * s:.1f}' for s in timing.seconds)}"
         )
     print(f"fast / reference, medians: {ratio:.1f}")
 

@@ -101,7 +101,9 @@ def test_a_bad_recipe_answers_in_well_under_two_seconds_without_torch(tmp_path: 
     recipe = tmp_path / "bad.toml"
     recipe.write_text("[train]\nrows = 'many'\n")
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "services", "run", str(recipe)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "services", "run", str(recipe)], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert done.stderr.startswith("error: bad.toml: ")
     assert time.monotonic() - started < 2

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from storage.shards import Flag
+from storage.arrays import Flag
 from workers.batches import concatenate
 from workers.config import ModelConfig
 from workers.models.tokens import Tokenizer, iter_windows

@@ -10,7 +10,7 @@ from storage.filesystem import Storage
 from storage.records import MetricsReport
 from workers.actors.shell import Reply, Shell
 from workers.config import EvalConfig, HarvestConfig, ModelConfig, TextConfig
-from workers.evaluating.evaluate import Evaluator as CheckpointEvaluator
+from workers.evaluating.evaluate import CheckpointEvaluator
 from workers.telemetry import EVAL_CE_RECOVERED, EVAL_FVU
 
 
@@ -32,7 +32,7 @@ class _Evaluator(Shell):
     def evaluate(self, run_id: str, step: int, names: tuple[str, ...]) -> Iterator[Reply[MetricsReport]]:
         """Score the checkpoints of one step and write each one's report; yields them as they are done."""
         for report in self.evaluator.evaluate(run_id, step, names):
-            reports.write_metrics(self.storage, report)
+            reports.write_report(self.storage, report)
             recovered = report.metrics["fidelity"].get("ce_recovered")
             if recovered is not None:
                 self.telemetry.set(EVAL_CE_RECOVERED, recovered, sae=report.name)

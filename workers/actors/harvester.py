@@ -30,7 +30,13 @@ class Prepared:
 
 class _Harvester(Shell):
     def __init__(
-        self, slot: str, storage: StorageConfig, model: ModelConfig, text: TextConfig, harvest: HarvestConfig, num_threads: int
+        self,
+        slot: str,
+        storage: StorageConfig,
+        model: ModelConfig,
+        text: TextConfig,
+        harvest: HarvestConfig,
+        num_threads: int,
     ) -> None:
         super().__init__(slot, Storage(storage), num_threads)
         self.storage_config, self.text, self.harvest_config = storage, text, harvest
@@ -78,7 +84,8 @@ class _Harvester(Shell):
         for hook, activation in out.items():
             if activation.ndim != 3:
                 raise ValueError(
-                    f"harvest.hooks: {hook} has shape {tuple(activation.shape)}, not [batch, seq, d]: choose a hook of one vector a token"
+                    f"harvest.hooks: {hook} has shape {tuple(activation.shape)}, not [batch, seq, d]: "
+                    "choose a hook of one vector a token"
                 )
         return {hook: activation.shape[-1] for hook, activation in out.items()}
 

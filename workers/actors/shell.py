@@ -8,7 +8,13 @@ from typing import Generic, TypeVar
 import torch
 
 from storage.filesystem import Storage
-from workers.telemetry import STORAGE_READ_BYTES_TOTAL, STORAGE_RETRIES_TOTAL, STORAGE_WRITTEN_BYTES_TOTAL, Snapshot, Telemetry
+from workers.telemetry import (
+    STORAGE_READ_BYTES_TOTAL,
+    STORAGE_RETRIES_TOTAL,
+    STORAGE_WRITTEN_BYTES_TOTAL,
+    Snapshot,
+    Telemetry,
+)
 
 T = TypeVar("T")
 

@@ -18,11 +18,11 @@ from storage.filesystem import Storage
 from storage.manifest import Dataset
 from storage.records import CheckpointRecord, Json, MetricsReport
 from workers.config import EvalConfig, HarvestConfig, ModelConfig, TextConfig
+from workers.evaluating.contexts import HeldOutTokens, describe_latents
 from workers.evaluating.definitions import DEFINITIONS
 from workers.evaluating.fidelity import Spliced, measure_fidelity, token_batches
 from workers.evaluating.held_out import load_held_out
 from workers.evaluating.probes import ConceptProbes
-from workers.exploring.contexts import latent_contexts
 from workers.models.language_model import LanguageModel
 from workers.models.tokens import Tokenizer
 from workers.sae.module import SparseAutoencoder
@@ -54,7 +54,14 @@ class CheckpointEvaluator:
         self.model = LanguageModel(model)
         tokenizer = Tokenizer.load(model)
         self.held_out = load_held_out(text, tokenizer, harvest, evaluate)
-        self.token_strings = tokenizer.strings(self.held_out.windows.token_ids.ravel())
+        windows = self.held_out.windows
+        self.tokens = HeldOutTokens(
+            strings=tokenizer.strings(windows.token_ids.ravel()),
+            document_ids=windows.document_ids.ravel(),
+            usable=windows.usable.ravel(),
+            document_names={number: document.name for number, document in enumerate(self.held_out.documents)},
+            context_tokens=harvest.context_tokens,
+        )
         self._activations: dict[str, torch.Tensor] = {}
         self._probes: dict[str, ConceptProbes] = {}
 
@@ -114,22 +121,19 @@ class CheckpointEvaluator:
         codes, fvu = self._encode(sae, activations)
         usable = self.held_out.windows.usable.ravel()
         firing = sparsity.firing(codes[usable])
+        cosines = geometry.decoder_cosines(sae.W_enc.detach().T, sae.W_dec.detach(), torch.from_numpy(firing.rates > 0))
         return {
             "fvu": {str(prefix): value for prefix, value in fvu.items()},
             "l0": firing.l0,
             "dead_share": firing.dead_share,
             "firing": firing.histogram(),
-            "geometry": geometry.decoder_cosines(sae.W_enc.detach(), sae.W_dec.detach()),
+            "geometry": {
+                "mean_max_decoder_cosine": cosines.mean_max_decoder_cosine,
+                "mean_encoder_decoder_cosine": cosines.mean_encoder_decoder_cosine,
+            },
             **self._probes_at(hook).scores(codes, sae.W_dec.detach().numpy()),
-            "latents": latent_contexts(
-                codes,
-                context_tokens=self.harvest.context_tokens,
-                token_strings=self.token_strings,
-                document_names=[document.name for document in self.held_out.documents],
-                document_ids=self.held_out.windows.document_ids.ravel(),
-                prefixes=self.prefixes,
-                num_latents=self.config.num_latents,
-                contexts_per_latent=self.config.contexts_per_latent,
+            "latents": describe_latents(
+                codes, self.tokens, self.prefixes, self.config.num_latents, self.config.contexts_per_latent
             ),
         }
 
@@ -146,9 +150,7 @@ class CheckpointEvaluator:
             parts.append((some[codes.rows].numpy(), codes.cols.numpy(), codes.values.numpy()))
             inside = some <= last
             if inside.any():
-                accumulator.add(
-                    x[inside], {prefix: sae.decode_sparse(codes, prefix)[inside] for prefix in prefixes}
-                )
+                accumulator.add(x[inside], {prefix: sae.decode_sparse(codes, prefix)[inside] for prefix in prefixes})
         row, column, value = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         latents = csr_array((value, (row, column)), shape=(len(activations), sae.d_latent))
         return latents, accumulator.fvu()

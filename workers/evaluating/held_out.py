@@ -69,7 +69,7 @@ def load_held_out(text: TextConfig, tokenizer: Tokenizer, harvest: HarvestConfig
         concepts=concepts,
         labels=labels,
         labelled=labelled & windows.usable.ravel(),
-        fits=_half_of_documents(windows.document_ids.ravel(), generator),
+        fits=_half_of_documents(windows.document_ids.ravel(), kept),
     )
 
 
@@ -79,9 +79,10 @@ def _remember(source: Iterable[Document], kept: list[Document]) -> Iterator[Docu
         yield document
 
 
-def _half_of_documents(document_ids: npt.NDArray[np.int32], generator: np.random.Generator) -> npt.NDArray[np.bool_]:
-    names = generator.permutation(np.unique(document_ids))
-    return np.isin(document_ids, names[: len(names) // 2])
+def _half_of_documents(document_ids: npt.NDArray[np.int32], kept: list[Document]) -> npt.NDArray[np.bool_]:
+    """Every second document by name, so that a package of two files has one on each side."""
+    by_name = sorted(np.unique(document_ids).tolist(), key=lambda number: kept[number].name)
+    return np.isin(document_ids, by_name[::2])
 
 
 def _label(

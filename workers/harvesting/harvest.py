@@ -1,7 +1,8 @@
-"""Second half of a harvest: the tokens of one shard -> one forward pass per batch -> activations at every hook -> one commit.
+"""Second half of a harvest: the tokens of one shard -> one forward pass per batch -> activations at every hook -> one
+commit.
 
-The loop as a plain function; `workers.actors.harvester` runs it on a cluster. Batches are fixed by the dataset, so that a retry
-computes the same.
+The loop as a plain function; `workers.actors.harvester` runs it on a cluster. Batches are fixed by the dataset, so that
+a retry computes the same.
 """
 
 import time
@@ -11,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from storage.arrays import Flag
 from storage.manifest import Dataset
 from storage.records import ShardCommit
-from storage.shards import Flag, write_shard
+from storage.shards import write_shard
 from workers.config import HarvestConfig
 from workers.models.language_model import LanguageModel
 

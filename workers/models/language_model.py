@@ -1,7 +1,7 @@
 """The language model, wrapped in one file over transformer-lens: the forward pass that stops early, and splicing.
 
-Loaded by harvesters (activations at several hook points) and evaluators (logits with a reconstruction put in). Tokenising
-is in `workers.models.tokens`.
+Loaded by harvesters (activations at several hook points) and evaluators (logits with a reconstruction put in).
+Tokenising is in `workers.models.tokens`.
 """
 
 import os
@@ -73,7 +73,8 @@ class LanguageModel:
     ) -> dict[str, torch.Tensor]:
         """One forward pass that stops after the last needed layer.
 
-        `tokens` int64 [batch, seq]; `padding` bool [batch, seq], true where there is no text. Returns hook -> [batch, seq, d].
+        `tokens` int64 [batch, seq]; `padding` bool [batch, seq], true where there is no text. Returns hook -> [batch,
+        seq, d].
         """
         _, cache = self.bridge.run_with_cache(
             tokens.to(self.device),
@@ -88,7 +89,8 @@ class LanguageModel:
     def logits(
         self, tokens: torch.Tensor, padding: torch.Tensor, hook: str | None = None, splice: Splice | None = None
     ) -> torch.Tensor:
-        """Next-token logits [batch, seq, vocabulary]; with `hook`, its activation [batch, seq, d] is replaced by `splice` of it."""
+        """Next-token logits [batch, seq, vocabulary]; with `hook`, its activation [batch, seq, d] is replaced by
+        `splice` of it."""
         on_device = tokens.to(self.device)
         if hook is None or splice is None:
             return torch.as_tensor(self.bridge(on_device, return_type="logits", **self._mask(padding)))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from storage.shards import Flag
+from storage.arrays import Flag
 from workers.batches import Windows
 from workers.config import ModelConfig
 from workers.models.catalog import resolve
@@ -72,8 +72,8 @@ def iter_windows(
 ) -> Iterator[Windows]:
     """Yield the windows of a source in order, in blocks; document ids count from 0.
 
-    `document`: a document is cut into windows, the last one padded. `packed`: documents follow each other, each behind a BOS
-    of its own, and only the very last window is padded.
+    `document`: a document is cut into windows, the last one padded. `packed`: documents follow each other, each behind
+    a BOS of its own, and only the very last window is padded.
     """
     builder = _Builder(tokenizer, context)
     numbered = enumerate(documents)

@@ -4,7 +4,8 @@
 
 Trains a byte-level BPE tokenizer and a model of about four million parameters on the train split, and writes a folder
 that `AutoModelForCausalLM` and `AutoTokenizer` read, with `card.json` beside the weights. Only whoever makes the
-shipped model anew runs this.
+shipped model anew runs this. On Linux it runs about twice as fast when glibc keeps the memory it frees:
+MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TRIM_THRESHOLD_=16000000000 in the environment.
 """
 
 import argparse
@@ -29,6 +30,10 @@ from workers.texts.stdlib import stdlib_documents
 PAD, EOS, BOS, UNK = range(4)
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>"]  # at the ids above, as in Gemma
 VOCABULARY_SIZE = 4096
+HELD_OUT_USE = (
+    "Batch size and peak learning rate were chosen by the held-out loss of three runs of one epoch; epochs and weight "
+    "decay were set beforehand, and the last step's weights are the ones saved."
+)
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,13 @@ class Recipe:
     """Passes over the train split."""
     window_tokens: int = 256
     """Tokens of a context window, the leading <bos> among them."""
-    batch_windows: int = 32
-    """Ids of one optimiser step."""
+    batch_windows: int = 16
+    """Windows of one optimiser step."""
     peak_learning_rate: float = 3e-3
     """Reached after the warm-up; falls to a tenth along a cosine."""
     warmup_fraction: float = 0.05
     """Share of all steps over which the learning rate rises linearly."""
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
     """AdamW's decoupled decay of the matrices; the norms' gains have none."""
     gradient_norm: float = 1.0
     """Gradients are clipped to this global norm."""
@@ -237,6 +242,7 @@ def describe(folder: Path, train_ids: list[Ids], held_out: Ids, recipe: Recipe) 
             "bigram_witten_bell": cross_entropy_nats(WittenBellBigram.fit(train_sequences, VOCABULARY_SIZE), sequences),
             "unigram": cross_entropy_nats(Unigram.fit(train_sequences, VOCABULARY_SIZE), sequences),
         },
+        "held_out_use": HELD_OUT_USE,
     }
 
 

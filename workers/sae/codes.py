@@ -1,7 +1,8 @@
 """Sparse activations of a batch: the few (row, latent, value) triples that are not zero.
 
-A value, without arithmetic: products with a decoder are in `kernels/products.py`. Made by `SparseAutoencoder.encode_sparse` and by
-the selection kernel; read by the nested loss kernel and by whoever counts, probes or shows activations.
+A value, without arithmetic: products with a decoder are in `kernels/products.py`. Made by
+`SparseAutoencoder.encode_sparse` and by the selection kernel; read by the nested loss kernel and by whoever counts,
+probes or shows activations.
 """
 
 from dataclasses import dataclass
@@ -61,6 +62,6 @@ class SparseCodes:
 
 
 def offsets(groups: Int64[Tensor, " nnz"], num_groups: int) -> Int64[Tensor, " num_groups_plus_1"]:
-    """Start of each group once its members lie together, in the order of the groups' numbers, and the end of the last."""
+    """Where each group starts once the groups lie one after another, and the end of the last."""
     counts = torch.bincount(groups, minlength=num_groups)
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])

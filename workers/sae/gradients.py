@@ -1,4 +1,4 @@
-"""Loss and gradients of one batch: what either compute path returns to the trainer, and the reference path, by autograd."""
+"""Loss and gradients of one batch: what both compute paths return, and the reference path, by autograd."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from workers.sae.losses import auxk_loss, prefix_errors
+from workers.sae.losses import auxk_loss, nested_loss
 from workers.sae.module import PARAMETERS, SparseAutoencoder
 from workers.sae.prefixes import Prefixes
 from workers.sae.selection import batch_topk
@@ -51,7 +51,9 @@ class ComputesGradients(Protocol):
         prefixes: Prefixes,
         dead: Bool[Tensor, " d_latent"],
         objective: Objective,
-    ) -> BatchGradients: ...
+    ) -> BatchGradients:
+        """Loss and gradients of x (scaled, finite), given which latents were dead before it. Changes nothing."""
+        ...
 
 
 def reference_gradients(
@@ -64,8 +66,7 @@ def reference_gradients(
     """The dense formula and autograd. Cost: three dense products per prefix; memory: batch * d_latent several times."""
     pre = sae.pre_activations(x)
     acts = batch_topk(pre, objective.k)
-    errors = prefix_errors(sae, x, acts, prefixes)
-    nested = errors.new_tensor(prefixes.weights) @ errors / x.numel()
+    nested, errors = nested_loss(sae, x, acts, prefixes)
     aux = x.new_zeros(())
     if objective.aux_weight > 0:
         aux = auxk_loss(x - sae.decode(acts), pre.relu()[:, dead], sae.W_dec[dead], objective.aux_k)

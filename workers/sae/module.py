@@ -1,10 +1,13 @@
 """The sparse autoencoder itself: parameters, encoder, decoder, threshold. How it is trained is in `trainer.py`.
 
-    pre = (x - b_dec) W_enc^T + b_enc          acts = pre where pre > max(threshold, 0), else 0          x_hat = acts W_dec + b_dec
+    pre = (x - b_dec) W_enc^T + b_enc
+    acts = pre where pre > max(threshold, 0), else 0
+    x_hat = acts W_dec + b_dec
 
-Both weights are stored by latent, [d_latent, d_in], since sparse code reads one latent at a time. The threshold stands in for
-BatchTopK outside training (Bussmann et al. 2024), so that a row's code depends on that row alone and any prefix of the latents
-is a smaller autoencoder by itself. Used by the trainer, by evaluation and by anyone who loads a published checkpoint.
+Both weights are stored by latent, [d_latent, d_in], since sparse code reads one latent at a time. The threshold stands
+in for BatchTopK outside training (Bussmann et al. 2024), so that a row's code depends on that row alone and any prefix
+of the latents is a smaller autoencoder by itself. Used by the trainer, by evaluation and by anyone who loads a
+published checkpoint.
 """
 
 from collections.abc import Mapping
@@ -62,7 +65,8 @@ class SparseAutoencoder(nn.Module):
     @torch.no_grad()
     def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseCodes:
         """`encode` in sparse form, a few rows at a time, so that memory does not grow with batch * d_latent."""
-        parts = [SparseCodes.from_dense(self.encode(rows)) for rows in x.split(max(1, _ENCODE_CELLS // self.d_latent))]
+        chunk_rows = max(1, _ENCODE_CELLS // self.d_latent)
+        parts = [SparseCodes.from_dense(self.encode(rows)) for rows in torch.split(x, chunk_rows)]
         starts = [0]
         for part in parts:
             starts.append(starts[-1] + part.batch)
@@ -105,5 +109,7 @@ class SparseAutoencoder(nn.Module):
         for name, shape in expected.items():
             if tensors[name].shape != shape:
                 found = list(tensors[name].shape)
-                raise ValueError(f"SAE tensor {name} has shape {found}: with W_enc {[d_latent, d_in]} it must be {list(shape)}")
+                raise ValueError(
+                    f"SAE tensor {name} has shape {found}: with W_enc {[d_latent, d_in]} it must be {list(shape)}"
+                )
         return cls(**tensors)

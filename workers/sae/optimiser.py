@@ -1,8 +1,8 @@
-"""Adam for a sparse autoencoder whose decoder rows have unit norm, with clipping and a learning-rate schedule. Used by the trainer.
+"""Adam for an autoencoder whose decoder rows have unit norm, with clipping and a schedule. Used by the trainer.
 
-Per step: the part of the decoder's gradient along each decoder row is removed (it would only change the norm, and would be counted in
-Adam's moments), the global norm is clipped, Adam moves all parameters, the decoder rows are normalised again. Normalising after the step, not before it,
-is what keeps the published rows at unit norm.
+Per step: the part of the decoder's gradient along each decoder row is removed (it would only change the norm, and would
+be counted in Adam's moments), the global norm is clipped, Adam moves all parameters, the decoder rows are normalised
+again. Normalising after the step, not before it, is what keeps the published rows at unit norm.
 """
 
 import torch
@@ -16,7 +16,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def learning_rate(train: TrainConfig, step: int) -> float:
-    """Linear rise over the first `warmup_share` of the steps, constant, linear fall to 0 over the last `decay_share`; step from 0."""
+    """Linear rise over the first `warmup_share` of the steps, linear fall over the last `decay_share`; step from 0."""
     warmup_steps = round(train.warmup_share * train.num_steps)
     decay_steps = round(train.decay_share * train.num_steps)
     rise = (step + 1) / (warmup_steps + 1)
@@ -42,7 +42,7 @@ class Optimiser:
 
     @torch.no_grad()
     def project(self, gradients: dict[str, Tensor]) -> Float[Tensor, ""]:
-        """Remove from the decoder's gradient, in place, what lies along its rows; return the global norm of all gradients."""
+        """Remove from the decoder's gradient, in place, what lies along its rows; return the norm of all gradients."""
         W_dec, gradient = self.sae.W_dec, gradients["W_dec"]
         along = torch.linalg.vecdot(gradient, W_dec)
         gradient.addcmul_(along[:, None], W_dec, value=-1)

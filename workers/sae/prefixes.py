@@ -1,7 +1,8 @@
 """Which prefixes of the latents one batch is trained to reconstruct from, and how much each counts.
 
-A nested (Matryoshka) SAE decodes every batch from several prefixes 1..m_g of its latents (Bussmann et al. 2025, section 3.1). The lengths
-are fixed, or drawn anew for each batch; the full width is always among them. Called by the trainer; losses only read the result.
+A nested (Matryoshka) SAE decodes every batch from several prefixes 1..m_g of its latents (Bussmann et al. 2025, section
+3.1). The lengths are fixed, or drawn anew for each batch; the full width is always among them. Called by the trainer;
+losses only read the result.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Prefixes:
 
 
 def prefixes_of_step(config: SAEConfig, step: int) -> Prefixes:
-    """The prefixes of step `step` (from 0): a function of the config and the step alone, so that a resumed run draws the same."""
+    """The prefixes of a step, counted from 0. They depend on config and step alone: a resumed run draws the same."""
     if config.nesting == "none":
         return Prefixes.equal((config.d_latent,))
     if config.nesting == "fixed":
@@ -42,8 +43,8 @@ def prefixes_of_step(config: SAEConfig, step: int) -> Prefixes:
 def length_law(d_latent: int, law: str) -> Float64[Tensor, " d_latent_minus_1"]:
     """P(l) for l = 1..d_latent - 1, by which the random lengths are drawn without replacement.
 
-    Two laws go under the name "truncated Pareto(0.5)": `sqrt`, P(l) ~ sqrt(l) - sqrt(l - 1), a density that falls as l^-0.5, is what the
-    author's code does; `pareto`, P(l) ~ l^-1.5, is what the name says.
+    Two laws go under the name "truncated Pareto(0.5)": `sqrt`, P(l) ~ sqrt(l) - sqrt(l - 1), a density that falls as
+    l^-0.5, is what the author's code does; `pareto`, P(l) ~ l^-1.5, is what the name says.
     """
     lengths = torch.arange(1, d_latent, dtype=torch.float64)
     mass = lengths.sqrt() - (lengths - 1).sqrt() if law == "sqrt" else lengths**-1.5

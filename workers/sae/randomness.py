@@ -1,4 +1,4 @@
-"""Named random generators: one seed, spread over purposes that cannot disturb each other. No global generator is touched."""
+"""Named random generators: one seed, spread over purposes that cannot disturb each other."""
 
 import hashlib
 
@@ -6,6 +6,6 @@ import torch
 
 
 def named_generator(seed: int, purpose: str) -> torch.Generator:
-    """A CPU generator that depends on the seed and the purpose alone, e.g. ("initial weights") or ("prefixes of step 12")."""
+    """A CPU generator that depends on the seed and the purpose alone, e.g. "initial weights"."""
     digest = hashlib.blake2b(f"{purpose}/{seed}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

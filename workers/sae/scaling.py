@@ -1,12 +1,13 @@
 """The scale factor between a model's activations and the SAE's inputs, and how it is folded away for publication.
 
-Training multiplies every activation by s = sqrt(d_in / mean squared norm), so that E||x||^2 = d_in and one learning rate suits
-every layer of every model. A published SAE reads raw activations. relu and a threshold are positively homogeneous, so
+Training multiplies every activation by s = sqrt(d_in / mean squared norm), so that E||x||^2 = d_in and one learning
+rate suits every layer of every model. A published SAE reads raw activations. relu and a threshold are positively
+homogeneous, so
 
     W_enc((s x) - b_dec) + b_enc = s (W_enc(x - b_dec / s) + b_enc / s)
 
-and dividing both biases and the threshold by s divides latents and reconstruction by s: the decoder keeps its unit rows, the active set
-is the same, and latents come out in the model's units.
+and dividing both biases and the threshold by s divides latents and reconstruction by s: the decoder keeps its unit
+rows, the active set is the same, and latents come out in the model's units.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The running inference threshold: a bias-corrected moving mean of each batch's smallest selected activation. Used by the trainer."""
+"""The running inference threshold: a moving mean of each batch's smallest selected activation. Used by the trainer."""
 
 import torch
 from jaxtyping import Float
@@ -6,7 +6,10 @@ from torch import Tensor
 
 
 class RunningThreshold:
-    """value = sum_t (1 - rate)^(T - t) a_t / sum_t (1 - rate)^(T - t) over the batches t that had an active latent; 0 before the first."""
+    """sum_t (1 - rate)^(T - t) a_t / sum_t (1 - rate)^(T - t) over the batches that had an active latent; 0 before.
+
+    Dividing by the sum of the weights corrects the bias of the first batches.
+    """
 
     def __init__(self, rate: float, device: torch.device) -> None:
         self.rate = rate

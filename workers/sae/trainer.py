@@ -1,7 +1,8 @@
 """Training of one sparse autoencoder, one batch at a time: `step`, and what must survive a restart.
 
-Where batches come from, when checkpoints are written and on which machine is the caller's business (`workers.training`). Either compute path
-does the same mathematics: `reference` is the dense formula under autograd, `fast` its sparse equal, with gradients by hand.
+Where batches come from, when checkpoints are written and on which machine is the caller's business
+(`workers.training`). Either compute path does the same mathematics: `reference` is the dense formula under autograd,
+`fast` its sparse equal, with gradients by hand.
 """
 
 from collections.abc import Mapping
@@ -28,7 +29,7 @@ Number = TypeVar("Number", Tensor, float)
 
 @dataclass(frozen=True)
 class StepResult(Generic[Number]):
-    """What one step measured: 0-d tensors on the SAE's device, so that a step need not wait for it; `as_floats()` copies them once."""
+    """What one step measured, as 0-d tensors on the SAE's device; `as_floats()` copies them in one transfer."""
 
     loss: Number
     """Nested loss + aux_weight * AuxK, before the update."""
@@ -71,7 +72,7 @@ class SAETrainer:
         scale: float,
         device: torch.device | str,
     ) -> None:
-        """`mean` is that of the raw activations, in the model's units; `scale` is `scaling.input_scale` of the same data."""
+        """`mean` is that of the raw activations, in their units; `scale` is `scaling.input_scale` of the same data."""
         if mean.shape != (d_in,):
             raise ValueError(f"mean of {config.hook} has shape {list(mean.shape)}: [{d_in}] is needed")
         self.config = config
@@ -91,7 +92,7 @@ class SAETrainer:
         return self.optimiser.num_steps
 
     def step(self, x_raw: Float[Tensor, "batch d_in"]) -> StepResult[Tensor]:
-        """One update from raw activations of any float type. ValueError, and nothing changed, if a value or the loss is not finite."""
+        """One update from raw activations. ValueError, and nothing changed, if a value or the loss is not finite."""
         x = self._scaled(x_raw)
         prefixes = prefixes_of_step(self.config, self.num_steps)
         batch = self._gradients(self.sae, x, prefixes, self.dead.mask(), self.objective)
@@ -99,8 +100,8 @@ class SAETrainer:
         gradient_norm = self.optimiser.project(batch.gradients)
         if not (loss + gradient_norm).isfinite():
             raise ValueError(
-                f"saes.{self.config.name}: loss {loss.item()} or gradient norm {gradient_norm.item()} of step {self.num_steps} "
-                "is not finite: lower train.learning_rate"
+                f"saes.{self.config.name}: loss {loss.item()} or gradient norm {gradient_norm.item()} "
+                f"of step {self.num_steps} is not finite: lower train.learning_rate"
             )
         rate = self.optimiser.step(batch.gradients, gradient_norm)
         self.dead.update(batch.active_counts, x.shape[0])
@@ -113,7 +114,7 @@ class SAETrainer:
         return folded(SparseAutoencoder.from_tensors(tensors), self.scale)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """All that `load_state` needs to go on bit for bit (on a CPU): copies of the tensors, on the CPU, and plain values."""
+        """All that `load_state` needs to go on (bit for bit, on a CPU): copies of the tensors, and plain values."""
         tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self._state_tensors().items()}
         return tensors, {"num_steps": self.num_steps}
 
@@ -127,8 +128,8 @@ class SAETrainer:
         for name, tensor in own.items():
             if tensors[name].shape != tensor.shape or tensors[name].dtype != tensor.dtype:
                 raise ValueError(
-                    f"saes.{self.config.name}: {name} of the resume state is {list(tensors[name].shape)} {tensors[name].dtype}, "
-                    f"not {list(tensor.shape)} {tensor.dtype}: it belongs to another config"
+                    f"saes.{self.config.name}: {name} of the resume state is {list(tensors[name].shape)} "
+                    f"{tensors[name].dtype}, not {list(tensor.shape)} {tensor.dtype}: it belongs to another config"
                 )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -145,9 +146,8 @@ class SAETrainer:
 
     def _scaled(self, x_raw: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         x = x_raw.to(self.device, self.sae.W_enc.dtype) * self.scale
-        finite = x.isfinite()
-        if not finite.all():
-            row = int((~finite).any(1).nonzero()[0])
+        if not torch.stack(x.aminmax()).isfinite().all():
+            row = int((~x.isfinite()).any(1).nonzero()[0])
             raise ValueError(
                 f"saes.{self.config.name}: row {row} of the batch from {self.config.hook} holds NaN or infinity: "
                 "harvest again with harvest.dtype or model.dtype of a wider range"

@@ -30,7 +30,9 @@ _PIECES = ("FSTRING_START", "FSTRING_MIDDLE", "TSTRING_START", "TSTRING_MIDDLE")
 _ENDS = ("FSTRING_END", "TSTRING_END")
 _OPEN_PIECES = frozenset(getattr(token, name) for name in _PIECES if hasattr(token, name))
 _CATEGORIES = {token.STRING: "string", token.COMMENT: "comment", token.NUMBER: "number", token.OP: "operator"}
-_CATEGORIES |= {token.NAME: "name"} | {getattr(token, name): "string" for name in _PIECES + _ENDS if hasattr(token, name)}
+_CATEGORIES |= {token.NAME: "name"} | {
+    getattr(token, name): "string" for name in _PIECES + _ENDS if hasattr(token, name)
+}
 _DEFINED = {"def": "function_name", "class": "class_name"}
 _LITERAL = frozenset({"string", "comment", "number"})
 _RULES = {category: frozenset({category}) for category in (*_CATEGORIES.values(), "keyword")} | {
@@ -93,12 +95,16 @@ def label_document(
     scopes and the package of its first character, and no label of kind `token`. An empty span (BOS, padding) has none.
     ValueError if an offset lies outside the text.
     """
-    source = _read_source(text, frozenset(word for concept in concepts if concept.kind == "token" for word in concept.words))
+    source = _read_source(
+        text, frozenset(word for concept in concepts if concept.kind == "token" for word in concept.words)
+    )
     if source is None:
         return None
     spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     if (spans < 0).any() or (spans > len(text)).any():
-        raise ValueError(f"{name}: a token's offset lies outside the text of {len(text)} characters: pass the same text")
+        raise ValueError(
+            f"{name}: a token's offset lies outside the text of {len(text)} characters: pass the same text"
+        )
     real = spans[:, 0] < spans[:, 1]
     places, visible = _first_visible(text, spans)
     tokens = np.searchsorted(source.starts, places, side="right") - 1
@@ -183,7 +189,9 @@ def _read_source(text: str, words: frozenset[str]) -> _Source | None:
 def _add_tokens(source: _Source, words: frozenset[str]) -> None:
     ends: list[int] = []
     previous, glued = "", False
-    for kind, string, (line, column), (end_line, end_column), _ in tokenize.generate_tokens(io.StringIO(source.text).readline):
+    for kind, string, (line, column), (end_line, end_column), _ in tokenize.generate_tokens(
+        io.StringIO(source.text).readline
+    ):
         category = _CATEGORIES.get(kind)
         if category is None:  # newlines, indentation, the end
             continue
@@ -221,7 +229,9 @@ def _add_syntax(source: _Source, tree: ast.Module) -> None:
 def _add_docstring(source: _Source, body: list[ast.stmt]) -> None:
     match body:
         case [ast.Expr(value=ast.Constant(value=str()) as constant), *_]:
-            first, last = (bisect_left(source.starts, place) for place in (source.start(constant), source.end(constant)))
+            first, last = (
+                bisect_left(source.starts, place) for place in (source.start(constant), source.end(constant))
+            )
             string = source.forms["string", ""]  # pieces may have a comment between them
             source.bearing["docstring"] += [
                 source.starts[number] for number in range(first, last) if source.form_numbers[number] == string

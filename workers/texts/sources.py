@@ -1,7 +1,8 @@
 """Where text comes from: one function from a TextConfig to documents, one to the identity of what they are.
 
-Sources: Python's standard library, the user's files (text, JSONL, Parquet), the labelled sets inside the sae-probes wheel,
-a hub data set. Each is split into `harvest` and `held_out` documents. Does not tokenise. Called by harvesting and evaluating.
+Sources: Python's standard library, the user's files (text, JSONL, Parquet), the labelled sets inside the sae-probes
+wheel, a hub data set. Each is split into `harvest` and `held_out` documents. Does not tokenise. Called by harvesting
+and evaluating.
 """
 
 import glob
@@ -28,8 +29,8 @@ _WHEEL_TABLES = "sae_probes/data/cleaned_data/"
 def documents(config: TextConfig, part: Part) -> Iterator[Document]:
     """Yield the documents of one part of a source, in a fixed order.
 
-    `stdlib` is split by its own rule. Any other source is split by a hash of the text itself, so that a text that occurs
-    twice never falls into both parts. Raises ValueError naming the field when there is nothing to read.
+    `stdlib` is split by its own rule. Any other source is split by a hash of the text itself, so that a text that
+    occurs twice never falls into both parts. Raises ValueError naming the field when there is nothing to read.
     """
     if config.source == "stdlib":
         yield from stdlib_documents(part)
@@ -127,7 +128,7 @@ def _text_of(row: dict[str, Any], field: str, where: str) -> str:
 
 
 def _wheel(path: Path) -> Iterator[Document]:
-    """One document of each table in turn, so that any first part of the source holds every table. No code is imported."""
+    """One document of each table in turn, so that any first part holds every table. No code is imported."""
     import pyarrow
     import pyarrow.csv
 

@@ -1,7 +1,7 @@
 """Stream -> step -> checkpoint: every SAE of a run trained on one stream, each chunk read once for all of them.
 
-The loop as a plain class that can stop after any step and go on to the same bits (`workers.actors.trainer` runs it on a cluster).
-What must survive a restart is in `save`; what others may use is in `publish`.
+The loop as a plain class that can stop after any step and go on to the same bits (`workers.actors.trainer` runs it on a
+cluster). What must survive a restart is in `save`; what others may use is in `publish`.
 """
 
 import time
@@ -19,7 +19,7 @@ from storage.records import CheckpointRecord, Json
 from storage.reports import write_history
 from storage.stream import ActivationStream
 from workers.config import SAEConfig, TrainConfig
-from workers.sae.trainer import SAETrainer
+from workers.sae.trainer import SAETrainer, StepResult
 
 _HISTORY_POINTS = 400
 
@@ -90,7 +90,7 @@ class TrainingLoop:
         first, started, waited = self.progress.step, time.perf_counter(), self.stream.seconds_waited
         step_seconds: list[float] = []
         published: list[int] = []
-        results: dict[str, dict[str, float]] = {}
+        results: dict[str, StepResult[torch.Tensor]] = {}
         while not self.finished and (not step_seconds or time.perf_counter() - started < seconds):
             before = time.perf_counter()
             results = self._step()
@@ -107,7 +107,7 @@ class TrainingLoop:
             num_steps=self.train.num_steps,
             rows_trained=self.progress.step * self.train.batch_rows,
             new_rows=(self.progress.step - first) * self.train.batch_rows,
-            results=results,
+            results={name: _figures(result) for name, result in results.items()},
             step_seconds=step_seconds,
             wait_seconds=wait,
             busy_seconds=elapsed - wait,
@@ -115,17 +115,16 @@ class TrainingLoop:
             finished=self.finished,
         )
 
-    def _step(self) -> dict[str, dict[str, float]]:
-        """One batch to every SAE; returns figures on the steps that go into the history, else nothing new."""
+    def _step(self) -> dict[str, StepResult[torch.Tensor]]:
+        """One batch to every SAE; figures leave the device only for the points of a curve and for the slice's last
+        step."""
         batch = self.stream.next_batch()
         inputs = {hook: to_tensor(stored, self.dataset.record.dtype) for hook, stored in batch.activations.items()}
         step = self.progress.step + 1
-        results: dict[str, dict[str, float]] = {}
-        for name, trainer in self.trainers.items():
-            result = trainer.step(inputs[trainer.config.hook])
-            results[name] = result.as_floats()
-            if step % max(1, self.train.num_steps // _HISTORY_POINTS) == 0 or step in {1, self.train.num_steps}:
-                row = {"step": step, "rows": step * self.train.batch_rows, **results[name]}
+        results = {name: trainer.step(inputs[trainer.config.hook]) for name, trainer in self.trainers.items()}
+        if step % max(1, self.train.num_steps // _HISTORY_POINTS) == 0 or step in {1, self.train.num_steps}:
+            for name, result in results.items():
+                row = {"step": step, "rows": step * self.train.batch_rows, **_figures(result)}
                 self.progress.history[name].append(row)
         self.progress.step = step
         return results
@@ -163,8 +162,8 @@ class TrainingLoop:
         step, tensors, scalars = found
         if scalars["dataset_digest"] != self.dataset.record.digest():
             raise ValueError(
-                f"run {self.run_id} was trained on another dataset than {self.dataset.record.dataset_id}: its text or model "
-                "has changed since; pass --new for a run of its own"
+                f"run {self.run_id} was trained on another dataset than {self.dataset.record.dataset_id}: "
+                "its text or model has changed since; pass --new for a run of its own"
             )
         for name, trainer in self.trainers.items():
             prefix = f"{name}/"
@@ -178,19 +177,16 @@ class TrainingLoop:
         self.progress = _Progress(step, scalars["history"])
 
     def publish(self) -> None:
-        """Write each SAE with its scale factors folded in, and its curve so far. A step that is published stays as it is."""
+        """Write each SAE with its scale factors folded in, and its curve so far. A step that is published stays as it
+        is."""
         manifest_digest = self.dataset.manifest_digest()
         for name, trainer in self.trainers.items():
             write_history(self.storage, self.run_id, name, self.progress.history[name])
             sae = trainer.published()
             tensors = {key: tensor.detach().cpu().numpy() for key, tensor in sae.tensors().items()}
-            checkpoints.publish(
-                self.storage,
-                self._record(trainer, manifest_digest, float(sae.threshold), checkpoints.tensors_digest(tensors)),
-                tensors,
-            )
+            checkpoints.publish(self.storage, self._record(trainer, manifest_digest, float(sae.threshold)), tensors)
 
-    def _record(self, trainer: SAETrainer, manifest: str, threshold: float, tensors_sha256: str) -> CheckpointRecord:
+    def _record(self, trainer: SAETrainer, manifest: str, threshold: float) -> CheckpointRecord:
         config, record = trainer.config, self.dataset.record
         last = self.progress.history[config.name][-1]
         return CheckpointRecord(
@@ -211,12 +207,19 @@ class TrainingLoop:
             threshold=threshold,
             scale=trainer.scale,
             train_metrics={key: float(value) for key, value in last.items() if isinstance(value, float)},
-            tensors_sha256=tensors_sha256,
+            tensors_sha256="",  # storage fills it in
         )
 
     def close(self) -> None:
         """Stop the stream's prefetching."""
         self.stream.close()
+
+
+def _figures(result: StepResult[torch.Tensor]) -> dict[str, float]:
+    """A step's figures by name; FVU of each nested width as `fvu_<width>`."""
+    floats = result.as_floats()
+    named = {key: value for key, value in vars(floats).items() if key != "prefix_fvu"}
+    return named | {f"fvu_{width}": value for width, value in floats.prefix_fvu.items()}
 
 
 def to_tensor(stored: npt.NDArray[Any], dtype: str) -> torch.Tensor:
@@ -231,7 +234,9 @@ def _new_trainer(dataset: Dataset, sae: SAEConfig, train: TrainConfig, device: t
     mean = np.asarray(moments.mean)
     mean_square_norm = float((mean**2).sum() + np.sum(moments.sum_squared_deviations) / moments.count)
     if not 0 < mean_square_norm < float("inf"):
-        raise ValueError(f"the activations at {sae.hook} have mean squared norm {mean_square_norm}: nothing can be trained on them")
+        raise ValueError(
+            f"the activations at {sae.hook} have mean squared norm {mean_square_norm}: nothing can be trained on them"
+        )
     d_in = dataset.record.hooks[sae.hook]
     return SAETrainer(
         sae, train, d_in, torch.from_numpy(mean).float(), scale=(d_in / mean_square_norm) ** 0.5, device=device

@@ -1,4 +1,4 @@
-"""AuxK for the fast path: the formula of `losses.auxk_loss` on the dead latents' rows alone. Nothing is computed when none is dead."""
+"""AuxK for the fast path: `losses.auxk_loss` on the rows of the dead latents alone; free when none is dead."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,7 +26,7 @@ def add_auxk_gradients(
     with torch.enable_grad():
         W_enc, b_enc, W_dec = leaves
         loss = auxk_loss(residual, torch.addmm(b_enc, centred, W_enc.T).relu(), W_dec, aux_k)
-    d_W_enc, d_b_enc, d_W_dec = torch.autograd.grad(aux_weight * loss, leaves)
+    d_W_enc, d_b_enc, d_W_dec = torch.autograd.grad(loss, leaves, grad_outputs=loss.new_tensor(aux_weight))
     gradients["W_enc"][index] += d_W_enc
     gradients["b_enc"][index] += d_b_enc
     gradients["W_dec"][index] += d_W_dec

@@ -1,4 +1,4 @@
-"""The fast compute path: loss and gradients of one batch at sparse cost. Equal to `gradients.reference_gradients`; used by the trainer."""
+"""The fast compute path: `gradients.reference_gradients` at sparse cost. Used by the trainer."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,14 +37,14 @@ class FastGradients:
         order = codes.by_latent
         d_b_enc = torch.zeros_like(sae.b_enc).index_add_(0, codes.cols, nested.d_acts)
         gradients = {
-            "W_enc": grouped_sums(centred, codes.rows[order], nested.d_acts[order], codes.latent_offsets),
-            "W_dec": nested.d_W_dec,
+            "W_enc": grouped_sums(
+                centred, codes.rows.index_select(0, order), nested.d_acts.index_select(0, order), codes.latent_offsets
+            ),
+            "W_dec": nested.d_decoder,
             "b_enc": d_b_enc,
-            "b_dec": nested.d_b_dec - d_b_enc @ sae.W_enc,
+            "b_dec": nested.d_bias - d_b_enc @ sae.W_enc,
         }
-        aux = add_auxk_gradients(
-            gradients, sae, centred, nested.residual, dead, objective.aux_k, objective.aux_weight
-        )
+        aux = add_auxk_gradients(gradients, sae, centred, nested.residual, dead, objective.aux_k, objective.aux_weight)
         return BatchGradients(
             nested_loss=nested.loss,
             aux_loss=aux,

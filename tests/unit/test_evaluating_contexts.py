@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_array, random_array
 
-from workers.exploring.contexts import ContextWindow, HeldOutTokens, choose_latents, describe_latents
+from workers.evaluating.contexts import ContextWindow, HeldOutTokens, choose_latents, describe_latents
 
 
 def _tokens(num_windows: int, context_tokens: int, **changes: object) -> HeldOutTokens:
