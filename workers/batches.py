@@ -1,10 +1,11 @@
-"""In-memory values that pass between rooms: windows of tokens. Shapes are in the types' docstrings; nothing here reads
-or writes."""
+"""In-memory values that pass between rooms: windows of tokens, rows of activations. Nothing here reads or writes."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from storage.arrays import Flag
 
@@ -52,3 +53,9 @@ def concatenate(parts: list[Windows]) -> Windows:
             for name in ("token_ids", "positions", "document_ids", "flags", "offsets")
         )
     )
+
+
+def to_tensor(stored: npt.NDArray[Any], dtype: str) -> torch.Tensor:
+    """Stored rows [n, d] -> a tensor that shares their memory; bf16 is stored as its uint16 bits."""
+    tensor = torch.from_numpy(stored)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

@@ -114,7 +114,7 @@ def report(args: argparse.Namespace, timings: dict[str, Timing]) -> None:
     for name, timing in timings.items():
         print(
             f"{name:16s} rows/s: median {timing.median_rows_per_second:9,.0f}, "
-            f"best {timing.best_rows_per_second:9,.0f}; samples [ms] {' '.join(f'{1000 * s:.1f}' for s in timing.seconds)}"
+            f"best {timing.best_rows_per_second:9,.0f}; ms: {' '.join(f'{1000 * s:.1f}' for s in timing.seconds)}"
         )
     print(f"fast / reference, medians: {ratio:.1f}")
 

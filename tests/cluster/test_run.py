@@ -3,6 +3,7 @@
 import json
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,6 +81,17 @@ def test_metrics_and_health_answer_from_the_first_second_on(recipe: Path, tmp_pa
             break
     command.wait()
     assert {"dollhouse_harvest_tokens_total", "dollhouse_storage_written_bytes_total", "dollhouse_queue_depth"} <= seen
+
+
+def test_the_readmes_python_works_on_a_finished_run(undisturbed: Path, tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = readme.split("<!-- ci: python -->\n```python\n")[1].split("```")[0]
+    assert '"dollhouse-data"' in code
+    names: dict[str, Any] = {}
+    exec(code.replace('"dollhouse-data"', repr(str(undisturbed))), names)
+    assert names["latents"].shape == (len(names["tokens"]), 512)
+    assert names["batch"].shape == (1024, 256)
+    assert "".join(names["tokens"]).startswith("for line in")
 
 
 def _metrics_address(command: Command) -> str:

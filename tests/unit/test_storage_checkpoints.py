@@ -1,7 +1,7 @@
 """Published SAEs never change; resume states may tear, and then the one before is taken."""
 
 import json
-from pathlib import Path
+import uuid
 
 import numpy as np
 import pytest
@@ -15,8 +15,8 @@ from storage.testing import MODEL, flip_bit, truncate
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Storage:
-    return Storage(StorageConfig(root=str(tmp_path)))
+def storage() -> Storage:
+    return Storage(StorageConfig(root=f"memory://{uuid.uuid4().hex}"))
 
 
 def record(**changes: object) -> CheckpointRecord:

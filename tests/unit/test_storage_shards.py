@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +36,12 @@ HOOK = "blocks.0.hook_resid_post"
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Storage:
+def storage() -> Storage:
+    return Storage(StorageConfig(root=f"memory://{uuid.uuid4().hex}"))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Storage:
     return Storage(StorageConfig(root=str(tmp_path)))
 
 
@@ -56,10 +62,10 @@ def test_reads_what_was_written(storage: Storage, dtype: str, num_rows: int) -> 
 
 
 @pytest.mark.parametrize("num_rows", [7, 100])
-def test_another_zarr_reader_sees_the_same_bits(storage: Storage, num_rows: int) -> None:
+def test_another_zarr_reader_sees_the_same_bits(disk: Storage, num_rows: int) -> None:
     record = toy_record(num_rows)
-    dataset = toy_dataset(storage, record)
-    group = zarr.open_group(storage.url(layout.group(record.dataset_id)), mode="r")
+    dataset = toy_dataset(disk, record)
+    group = zarr.open_group(disk.url(layout.group(record.dataset_id)), mode="r")
     assert set(group.array_keys()) == set(array_specs(record))
     for name, values in (toy_tokens(record) | toy_activations(record)).items():
         np.testing.assert_array_equal(group[name][:], values)
@@ -146,18 +152,18 @@ def test_a_retry_adopts_the_chunks_of_a_dead_writer_with_their_own_checksums(sto
     np.testing.assert_allclose(dataset.moments(HOOK).mean, as_float32(stored)[kept].mean(axis=0), rtol=1e-5)
 
 
-def test_racing_writers_of_different_bits_agree_on_one_commit(storage: Storage) -> None:
+def test_racing_writers_of_different_bits_agree_on_one_commit(disk: Storage) -> None:
     record = toy_record(32)
-    toy_dataset(storage, record, complete=False)
+    toy_dataset(disk, record, complete=False)
 
     def write(seed: int) -> ShardCommit:
-        dataset = Dataset.open(storage, record.dataset_id)
+        dataset = Dataset.open(disk, record.dataset_id)
         return write_shard(dataset, 0, toy_activations(record, seed), writer=f"writer {seed}")
 
     with ThreadPoolExecutor(6) as pool:
         commits = list(pool.map(write, range(6)))
     assert len({commit.digest() for commit in commits}) == 1
-    dataset = Dataset.open(storage, record.dataset_id)
+    dataset = Dataset.open(disk, record.dataset_id)
     for chunk in range(2):
         read = dataset.read_chunk(HOOK, chunk, verify=True)
         assert any(np.array_equal(read, toy_activations(record, seed)[HOOK][chunk * 16 :][:16]) for seed in range(6))
@@ -199,10 +205,10 @@ def kill_after(num_commits: int, dataset: Dataset) -> None:
     process.wait()
 
 
-def test_killed_harvesters_leave_whole_shards_and_the_next_one_finishes(storage: Storage) -> None:
+def test_killed_harvesters_leave_whole_shards_and_the_next_one_finishes(disk: Storage) -> None:
     record = toy_record(960)
     expected = toy_activations(record)
-    dataset = toy_dataset(storage, record, complete=False)
+    dataset = toy_dataset(disk, record, complete=False)
     for num_commits in (2, 8, 14):
         kill_after(num_commits, dataset)
         visible = dataset.commits()

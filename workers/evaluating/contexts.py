@@ -17,7 +17,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class HeldOutTokens:
-    """Tokens behind the rows of a latents matrix; row r is position r % context_tokens of window r // context_tokens."""
+    """Tokens behind the rows of a latents matrix [windows * context_tokens, d_latent], window by window."""
 
     strings: Sequence[str]
     """[rows]: text of each token, as people should read it."""

@@ -133,7 +133,11 @@ class CheckpointEvaluator:
             },
             **self._probes_at(hook).scores(codes, sae.W_dec.detach().numpy()),
             "latents": describe_latents(
-                codes, self.tokens, self.prefixes, self.config.num_latents, self.config.contexts_per_latent
+                codes,
+                self.tokens,
+                sorted({*self.prefixes, sae.d_latent}),
+                self.config.num_latents,
+                self.config.contexts_per_latent,
             ),
         }
 

@@ -18,6 +18,7 @@ from storage.manifest import Dataset
 from storage.records import CheckpointRecord, Json
 from storage.reports import write_history
 from storage.stream import ActivationStream
+from workers.batches import to_tensor
 from workers.config import SAEConfig, TrainConfig
 from workers.sae.trainer import SAETrainer, StepResult
 
@@ -220,12 +221,6 @@ def _figures(result: StepResult[torch.Tensor]) -> dict[str, float]:
     floats = result.as_floats()
     named = {key: value for key, value in vars(floats).items() if key != "prefix_fvu"}
     return named | {f"fvu_{width}": value for width, value in floats.prefix_fvu.items()}
-
-
-def to_tensor(stored: npt.NDArray[Any], dtype: str) -> torch.Tensor:
-    """Stored rows [n, d] -> a tensor, bf16 without a copy."""
-    tensor = torch.from_numpy(stored)
-    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
 def _new_trainer(dataset: Dataset, sae: SAEConfig, train: TrainConfig, device: torch.device) -> SAETrainer:
