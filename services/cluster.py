@@ -66,6 +66,8 @@ class Slot:
 
     def replace(self, cause: Exception) -> None:
         """Put a new actor in the place of a dead one. StageError when actors keep dying without any progress."""
+        if getattr(cause, "actor_init_failed", False):
+            raise StageError(_users_sentence(str(cause))) from cause
         self._deaths_in_a_row += 1
         if self._deaths_in_a_row > _MOST_DEATHS_IN_A_ROW:
             raise StageError(
@@ -99,6 +101,12 @@ class Slot:
         """End the actor; its totals stay in the metrics."""
         ray.kill(self.actor, no_restart=True)
         self._exporter.drop(self.name)
+
+
+def _users_sentence(trace: str) -> str:
+    """What an actor that could not start says: its ValueError's sentence, else the whole trace."""
+    _, found, sentence = trace.strip().rpartition("ValueError: ")
+    return sentence if found else f"a worker could not start: {trace}"
 
 
 def users_error(error: RayTaskError) -> Exception:

@@ -1,5 +1,6 @@
 """A controller's lease, kept alive by a thread: a second controller on a live run is refused (`storage.leases`)."""
 
+import _thread
 import os
 import socket
 import threading
@@ -25,19 +26,34 @@ def held(storage: Storage, run_id: str) -> Iterator[None]:
         leases.release(storage, run_id, before)
     leases.acquire(storage, run_id, owner, _TTL_SECONDS)
     ended = threading.Event()
-    thread = threading.Thread(target=_renew, args=(storage, run_id, owner, ended), name="lease", daemon=True)
+    lost: list[leases.LeaseHeldError] = []
+    thread = threading.Thread(target=_renew, args=(storage, run_id, owner, ended, lost), name="lease", daemon=True)
     thread.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if lost:
+            raise lost[0] from None
+        raise
     finally:
         ended.set()
         thread.join()
         leases.release(storage, run_id, owner)
 
 
-def _renew(storage: Storage, run_id: str, owner: str, ended: threading.Event) -> None:
+def _renew(
+    storage: Storage, run_id: str, owner: str, ended: threading.Event, lost: list[leases.LeaseHeldError]
+) -> None:
+    """Say that the controller lives, until it ends; stop it where another one has taken the run."""
     while not ended.wait(_TTL_SECONDS / 3):
-        leases.renew(storage, run_id, owner)
+        try:
+            leases.renew(storage, run_id, owner)
+        except leases.LeaseHeldError as error:
+            lost.append(error)
+            _thread.interrupt_main()
+            return
+        except OSError:
+            continue  # storage has retried already; the next beat may still be in time
 
 
 def _died_here(owner: str) -> bool:

@@ -1,4 +1,4 @@
-"""What the storage floor can be told. Standard library and pydantic only; read by `services.config` and by this floor."""
+"""What the storage floor can be told. Standard library and pydantic only; read by `services.config` and this floor."""
 
 from typing import Self
 from urllib.parse import urlsplit

@@ -22,7 +22,7 @@ def test_the_metrics_table_is_the_declarations() -> None:
 
 def test_the_tree_names_every_module_once_with_a_line_of_purpose() -> None:
     tree = README.split("## Where things are")[1].split("```")[1]
-    named = re.findall(r"^ *(\w+\.(?:py|toml))  +\S", tree, re.MULTILINE)
+    named = re.findall(r"^ *([\w-]+\.(?:py|toml))  +\S", tree, re.MULTILINE)
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     )

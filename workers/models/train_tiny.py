@@ -31,8 +31,8 @@ PAD, EOS, BOS, UNK = range(4)
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>"]  # at the ids above, as in Gemma
 VOCABULARY_SIZE = 4096
 HELD_OUT_USE = (
-    "Batch size and peak learning rate were chosen by the held-out loss of three runs of one epoch; epochs and weight "
-    "decay were set beforehand, and the last step's weights are the ones saved."
+    "Batch size and peak learning rate were chosen by the held-out loss of three runs of one epoch. The number of epochs "
+    "was set by the computing time there was, weight decay beforehand; the last step's weights are the ones saved."
 )
 
 

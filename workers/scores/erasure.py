@@ -114,9 +114,9 @@ def _accuracy_falls(
     probes: Sequence[LinearProbe],
     labels: Bool[np.ndarray, "rows concepts"],
     examples: Sequence[Examples],
-    projections: Float64[np.ndarray, "features concepts"],
-    erased: Sequence[Bool[np.ndarray, "concepts features"]],
-) -> Float64[np.ndarray, "ns concepts concepts"]:
+    projections: Float64[np.ndarray, "features erased"],
+    erased: Sequence[Bool[np.ndarray, "erased features"]],
+) -> Float64[np.ndarray, "ns erased erased"]:
     """[n, c, k]: clean minus ablated accuracy of probe k where concept c is erased.
 
     Nothing is decoded: the probe's logit changes by the sum of z_j (W_dec[j] . w_k) over the erased latents.
@@ -136,9 +136,9 @@ def _accuracy_falls(
 
 def _scores(
     examples: Sequence[Examples],
-    others: Bool[np.ndarray, "concepts concepts"],
-    chosen: Bool[np.ndarray, "concepts features"],
-    falls: Float64[np.ndarray, "concepts concepts"],
+    others: Bool[np.ndarray, "erased erased"],
+    chosen: Bool[np.ndarray, "erased features"],
+    falls: Float64[np.ndarray, "erased erased"],
 ) -> tuple[ErasureScore, ...]:
     return tuple(
         ErasureScore(
