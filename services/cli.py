@@ -2,15 +2,18 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from services.config import RunConfig, load_config
+from services.config import RunConfig, load_config, storage_at
 
 if TYPE_CHECKING:
+    from services.exporter import Exporter
     from services.pipeline import Stage
     from storage.filesystem import Storage
 
@@ -32,6 +35,7 @@ New = Annotated[bool, typer.Option("--new", help="Start another run of the same 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
 _DEFAULT_ROOT = "./dollhouse-data"
+_SILENT_SECONDS = 300.0  # a worker that should report and has not for so long is unhealthy
 _STOPPED = 130  # what shells report after Ctrl-C
 
 
@@ -86,11 +90,12 @@ def report(root: Root = None, as_json: AsJson = False) -> None:
     from services.tables import print_report
     from storage.reports import newest_run
 
-    storage = _open(root)
-    found = newest_run(storage)
-    if found is None:
-        _fail(f"{storage.config.root} holds no finished run: start one with `dollhouse run`")
-    content = write_report(storage, found)
+    with _errors_in_a_sentence():
+        storage = _open(root)
+        found = newest_run(storage)
+        if found is None:
+            _fail(f"{storage.url()} holds no run: start one with `dollhouse run`")
+        content = write_report(storage, found)
     if as_json:
         _print_json(content)
     else:
@@ -102,7 +107,8 @@ def status(root: Root = None, as_json: AsJson = False) -> None:
     """Tell from storage alone what every run under the root has done."""
     from services.status import all_runs, print_status
 
-    content = all_runs(_open(root))
+    with _errors_in_a_sentence():
+        content = all_runs(_open(root))
     if as_json:
         _print_json(content)
     else:
@@ -114,7 +120,8 @@ def inspect(root: Root = None, as_json: AsJson = False) -> None:
     """Tell what datasets are under the root: model, text, hooks, rows, statistics."""
     from services.status import all_datasets, print_datasets
 
-    content = all_datasets(_open(root))
+    with _errors_in_a_sentence():
+        content = all_datasets(_open(root))
     if as_json:
         _print_json(content)
     else:
@@ -133,14 +140,13 @@ def _start(
 ) -> None:
     console = Console()
     try:
-        config = load_config(recipe, sets, root, address)
-        config.check()
-        if dry_run:
-            _print_plan(config, console)
-            return
-        _run(config, only, console, new=new)
-    except ValueError as error:
-        _fail(str(error))
+        with _errors_in_a_sentence():
+            config = load_config(recipe, sets, root, address)
+            config.check()
+            if dry_run:
+                _print_plan(config, console)
+                return
+            _run(config, only, console, new=new)
     except KeyboardInterrupt:
         console.print("stopped; what was committed stays, and the same command goes on from there", highlight=False)
         raise typer.Exit(_STOPPED) from None
@@ -156,18 +162,36 @@ def _run(config: RunConfig, only: _Only, console: Console, *, new: bool) -> None
     if summary is not None:
         console.print(f"run {run_id} is finished; --new starts another", highlight=False)
     else:
-        from services.cluster import StageError
-        from services.pipeline import ALL_STAGES, run_stages
+        with _exporter(config, run_id, console) as exporter:
+            from services.cluster import StageError
+            from services.pipeline import ALL_STAGES, run_stages
 
-        stages: tuple[Stage, ...] = ALL_STAGES if only is _Only.RUN else (only.value,)  # type: ignore[assignment]
-        try:
-            summary = run_stages(config, run_id, stages, console)
-        except StageError as error:
-            _fail(str(error))
+            stages: tuple[Stage, ...] = ALL_STAGES if only is _Only.RUN else (only.value,)  # type: ignore[assignment]
+            try:
+                summary = run_stages(config, run_id, stages, exporter, console)
+            except StageError as error:
+                _fail(str(error))
     if summary.finished:
         _print_result(storage, run_id, console)
     elif only is _Only.RUN:
         _fail(f"run {run_id} ended without being finished: run the same command again")
+
+
+@contextmanager
+def _exporter(config: RunConfig, run_id: str, console: Console) -> Iterator["Exporter"]:
+    """The run's metrics, served from before Ray and torch are imported until the run's end."""
+    from services.exporter import Exporter
+
+    host = config.cluster.metrics_host
+    with closing(
+        Exporter(host, config.cluster.metrics_port, run_id=run_id, silent_seconds=_SILENT_SECONDS)
+    ) as exporter:
+        console.print(
+            f"run {run_id}, root {config.storage.root}, metrics http://{host}:{exporter.port}/metrics",
+            highlight=False,
+            soft_wrap=True,
+        )
+        yield exporter
 
 
 def _print_result(storage: "Storage", run_id: str, console: Console) -> None:
@@ -188,12 +212,17 @@ def _print_plan(config: RunConfig, console: Console) -> None:
 
 
 def _open(root: str | None) -> "Storage":
-    from storage.config import StorageConfig
     from storage.filesystem import Storage
 
+    return Storage(storage_at(root or _DEFAULT_ROOT))
+
+
+@contextmanager
+def _errors_in_a_sentence() -> Iterator[None]:
+    """What the user or the storage did wrong is told without a traceback."""
     try:
-        return Storage(StorageConfig(root=root or _DEFAULT_ROOT))
-    except ValueError as error:
+        yield
+    except (ValueError, OSError) as error:
         _fail(str(error))
 
 

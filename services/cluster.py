@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from services.config import ClusterConfig
 from services.exporter import Exporter
-from services.placement import actor_environment
+from services.placement import Node, actor_environment
 from workers.actors.shell import Reply
 from workers.telemetry import ACTOR_RESTARTS_TOTAL, Telemetry
 
@@ -26,8 +26,8 @@ class StageError(RuntimeError):
     """A stage could not go on; the message is one sentence for the user."""
 
 
-def start(cluster: ClusterConfig, *, hub_is_needed: bool) -> list[int]:
-    """Start Ray on this machine with explicit sizes, or join `cluster.address`; returns the cores of each node.
+def start(cluster: ClusterConfig, *, hub_is_needed: bool) -> list[Node]:
+    """Start Ray on this machine with explicit sizes, or join `cluster.address`; returns the nodes that are up.
 
     A cluster that is joined gets this project's folder as the working directory, so that it runs the code of this
     controller.
@@ -47,7 +47,8 @@ def start(cluster: ClusterConfig, *, hub_is_needed: bool) -> list[int]:
         )
     else:
         ray.init(address=cluster.address, runtime_env={**environment, "working_dir": str(PROJECT)}, **common)
-    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(int(resources.get("CPU", 0)), float(resources.get("GPU", 0))) for resources in found]
 
 
 class Slot:

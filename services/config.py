@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from storage.config import StorageConfig
 from workers.config import EvalConfig, FrozenConfig, HarvestConfig, ModelConfig, SAEConfig, TextConfig, TrainConfig
-from workers.models.catalog import check_hooks
+from workers.models.catalog import SHIPPED, check_hooks
 from workers.texts.sources import check_sources
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -79,6 +79,10 @@ class RunConfig(FrozenConfig):
         narrowest = min(sae.d_latent for sae in self.saes)
         if any(not 1 <= prefix <= narrowest for prefix in self.evaluate.prefixes):
             raise ValueError(f"evaluate.prefixes must lie between 1 and the smallest d_latent = {narrowest}")
+        if not self.evaluate.probing_k or not 1 <= min(self.evaluate.probing_k) <= narrowest:
+            raise ValueError(f"evaluate.probing_k must start between 1 and the smallest d_latent = {narrowest}")
+        if not self.evaluate.erasure_n or min(self.evaluate.erasure_n) < 1:
+            raise ValueError("evaluate.erasure_n must hold numbers of latents, 1 or more")
         return self
 
     @property
@@ -101,6 +105,22 @@ class RunConfig(FrozenConfig):
         """Digest of the configuration without root, addresses and ports: the same run is found again anywhere."""
         digest = hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
         return f"{self.recipe}-{digest[:12]}"
+
+    def with_absolute_paths(self) -> Self:
+        """The same for workers, which run in other folders: root, model folder and globs are absolute."""
+        root, name = self.storage.root, self.model.name
+        paths = tuple(str(Path(path).expanduser().absolute()) for path in self.text.paths)
+        if "://" not in root:
+            root = str(Path(root).expanduser().absolute())
+        if name not in SHIPPED and Path(name).expanduser().is_dir():
+            name = str(Path(name).expanduser().absolute())
+        return self.model_copy(
+            update={
+                "storage": self.storage.model_copy(update={"root": root}),
+                "model": self.model.model_copy(update={"name": name}),
+                "text": self.text.model_copy(update={"paths": paths}),
+            }
+        )
 
     def check(self) -> None:
         """Refuse, before anything is started, what can be known to fail: hooks, files, root, port."""
@@ -156,6 +176,14 @@ def load_config(
     if address is not None:
         content.setdefault("cluster", {})["address"] = address
     return parse(content, str(path.name))
+
+
+def storage_at(root: str) -> StorageConfig:
+    """Storage at a root; ValueError with one sentence, which never repeats a secret, otherwise."""
+    try:
+        return StorageConfig(root=root)
+    except ValidationError as error:
+        raise ValueError(_first_error(error, "--root")) from None
 
 
 def parse(content: dict[str, Any], where: str) -> RunConfig:

@@ -1,7 +1,7 @@
 """A controller's lease, kept alive by a thread: a second controller on a live run is refused (`storage.leases`)."""
 
-import _thread
 import os
+import signal
 import socket
 import threading
 import time
@@ -50,7 +50,9 @@ def _renew(
             leases.renew(storage, run_id, owner)
         except leases.LeaseHeldError as error:
             lost.append(error)
-            _thread.interrupt_main()
+            main = threading.main_thread().ident
+            assert main is not None
+            signal.pthread_kill(main, signal.SIGINT)  # unlike `_thread.interrupt_main`, it ends a wait at once
             return
         except OSError:
             continue  # storage has retried already; the next beat may still be in time

@@ -32,43 +32,42 @@ ALL_STAGES: tuple[Stage, ...] = ("harvest", "train", "evaluate")
 
 T = TypeVar("T")
 
-_SILENT_SECONDS = 300.0
 
-
-def run_stages(config: RunConfig, run_id: str, chosen: tuple[Stage, ...], console: Console) -> RunSummary:
+def run_stages(
+    config: RunConfig, run_id: str, chosen: tuple[Stage, ...], exporter: Exporter, console: Console
+) -> RunSummary:
     """Run the chosen stages of a run in order; what is committed already is not made again.
 
-    Raises StageError with one sentence when a stage cannot go on, ValueError when the root cannot be written, the port
-    is taken or another controller holds the run. Whatever ends it, committed work stays.
+    Raises StageError with one sentence when a stage cannot go on, ValueError when the root cannot be written or another
+    controller holds the run. Whatever ends it, committed work stays.
     """
     storage = Storage(config.storage)
     storage.check_writable()
-    config = config.model_copy(update={"storage": storage.config})  # its root is absolute: workers run elsewhere
     steal = StealMeter()
     seconds: dict[str, float] = {}
     with ExitStack() as stack:
-        exporter = Exporter(
-            config.cluster.metrics_host, config.cluster.metrics_port, run_id=run_id, silent_seconds=_SILENT_SECONDS
-        )
-        stack.callback(exporter.close)
-        console.print(
-            f"run {run_id}, root {config.storage.root}, "
-            f"metrics http://{config.cluster.metrics_host}:{exporter.port}/metrics",
-            highlight=False,
-            soft_wrap=True,
-        )
         stack.enter_context(held(storage, run_id))
         telemetry = Telemetry()
         telemetry.set(RUN_INFO, 1, run_id=run_id, dataset_id=reports.read_run_dataset(storage, run_id) or "")
         exporter.update("controller", telemetry.snapshot())
         started = time.monotonic()
         hub = config.text.source == "hub" or not is_local(config.model.name)
-        node_cpus = cluster.start(config.cluster, hub_is_needed=hub)
+        nodes = cluster.start(config.cluster, hub_is_needed=hub)
         stack.callback(ray.shutdown)
         stack.callback(_stop_on_sigterm())
         seconds["start"] = time.monotonic() - started
-        plan = placement.plan(config.cluster, node_cpus)
-        context = stages.Context(config, run_id, storage, exporter, telemetry, console, plan)
+        if storage.is_local and len(nodes) > 1 and not config.cluster.shared_filesystem:
+            raise ValueError(
+                f"storage.root = {config.storage.root} is a folder of one machine, the cluster has {len(nodes)}: use a "
+                "bucket, or pass --set cluster.shared_filesystem=true if every node sees that folder"
+            )
+        plan = placement.plan(config.cluster, nodes)
+        context = stages.Context(config.with_absolute_paths(), run_id, storage, exporter, telemetry, console, plan)
+        reports.write_run(
+            storage,
+            RunRecord(run_id=run_id, recipe=config.recipe, config=config.identity()),
+            tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)),
+        )
         try:
             _run(context, chosen, seconds)
         except RayTaskError as error:
@@ -77,7 +76,7 @@ def run_stages(config: RunConfig, run_id: str, chosen: tuple[Stage, ...], consol
 
 
 def _run(context: stages.Context, chosen: tuple[Stage, ...], seconds: dict[str, float]) -> None:
-    config, storage, run_id = context.config, context.storage, context.run_id
+    storage, run_id = context.storage, context.run_id
 
     def timed(stage: str, work: Callable[[], T]) -> T:
         context.exporter.stage = stage
@@ -87,8 +86,6 @@ def _run(context: stages.Context, chosen: tuple[Stage, ...], seconds: dict[str, 
         finally:
             seconds[stage] = time.monotonic() - started
 
-    record = RunRecord(run_id=run_id, recipe=config.recipe, config=config.identity())
-    reports.write_run(storage, record, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
     if "harvest" in chosen:
         found = timed("harvest", lambda: stages.harvest(context))
         known = reports.read_run_dataset(storage, run_id)

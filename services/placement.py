@@ -7,6 +7,15 @@ from typing import Any
 from services.config import ClusterConfig
 
 _CORES_FOR_BOTH = 4
+_CORES_FOR_BOTH_WITH_GPUS = 2
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a machine of the cluster offers."""
+
+    num_cpus: int
+    num_gpus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -33,20 +42,26 @@ class Plan:
     evaluate_while_training: bool
 
 
-def plan(cluster: ClusterConfig, node_cpus: list[int]) -> Plan:
-    """Place the actors on nodes of so many cores each.
+def plan(cluster: ClusterConfig, nodes: list[Node]) -> Plan:
+    """Place the actors on the nodes that have a core, and GPUs where actors need them.
 
     A harvester has one thread, so that its results do not depend on the number of cores; there are as many as fit. The
-    trainer and the evaluator each lie on one node, so the largest one bounds them. With four cores there or more, or
-    with GPUs, the evaluator follows the trainer's checkpoints while it trains; else it waits for the trainer's end.
+    trainer and the evaluator each lie on one node, so the largest one bounds them. With four cores there or more (two
+    where GPUs do the work), and GPUs for both, the evaluator follows the trainer's checkpoints while it trains; else it
+    waits for the trainer's end. Raises ValueError where no node could take any actor: Ray would wait for ever.
     """
-    largest = max(node_cpus)
-    together = largest >= _CORES_FOR_BOTH or cluster.gpus_per_actor > 0
+    gpus = cluster.gpus_per_actor
+    usable = [node for node in nodes if node.num_cpus >= 1 and node.num_gpus >= gpus]
+    if not usable:
+        raise ValueError(f"cluster.gpus_per_actor is {gpus:g}, but no node has a core and so many GPUs: lower it")
+    places = sum(min(node.num_cpus, int(node.num_gpus / gpus)) if gpus else node.num_cpus for node in usable)
+    largest = max(node.num_cpus for node in usable)
+    together = largest >= (_CORES_FOR_BOTH_WITH_GPUS if gpus else _CORES_FOR_BOTH) and places > 1
     evaluator_cpus = max(1, largest // 4) if together else largest
     return Plan(
-        harvester=Placement(min(cluster.num_harvesters, sum(node_cpus)), 1, cluster.gpus_per_actor),
-        trainer=Placement(1, max(1, largest - evaluator_cpus) if together else largest, cluster.gpus_per_actor),
-        evaluator=Placement(1, evaluator_cpus, cluster.gpus_per_actor),
+        harvester=Placement(min(cluster.num_harvesters, places), 1, gpus),
+        trainer=Placement(1, largest - evaluator_cpus if together else largest, gpus),
+        evaluator=Placement(1, evaluator_cpus, gpus),
         evaluate_while_training=together,
     )
 

@@ -92,6 +92,8 @@ def plan_run(config: RunConfig) -> RunPlan:
 
 def _rows(config: RunConfig) -> tuple[int | None, bool]:
     limit = config.harvest.max_rows
+    if limit is not None:
+        limit -= limit % config.harvest.context_tokens  # whole windows
     if config.text.source in {"hub", "sae-probes"}:
         return limit, False
     size = sum(len(document.text.encode()) for document in documents(config.text, "harvest"))

@@ -18,6 +18,7 @@ class StageProgress:
         self.total: float | None = None
         self.done = 0.0
         self._started = self._printed = time.monotonic()
+        self._first: tuple[float, float] | None = None  # time and `done` at the first update: a stage may go on
         self._bars: Progress | None = None
         self._task: TaskID | None = None
         if console.is_terminal:
@@ -48,6 +49,7 @@ class StageProgress:
     def update(self, done: float, total: float | None, note: str = "") -> None:
         """Say how far the stage is: `done` of `total` units, and a short note."""
         self.done, self.total = done, total
+        self._first = self._first or (time.monotonic(), done)
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, completed=done, total=total, note=note)
         elif time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
@@ -59,10 +61,16 @@ class StageProgress:
             return  # the finished bar stays on the screen
         seconds = time.monotonic() - self._started
         of = f" of {self.total:,.0f}" if self.total is not None and not final else ""
-        rate = f", {self.done / seconds:,.0f} {self.unit}/s" if seconds > 0 and self.done > 1 else ""
+        rate = f", {self._rate():,.0f} {self.unit}/s" if self._rate() >= 1 else ""
         note = f", {note}" if note else ""
         self.console.print(
             f"{self.title}: {self.done:,.0f}{of} {self.unit} in {seconds:.0f} s{rate}{note}",
             highlight=False,
             soft_wrap=True,
         )
+
+    def _rate(self) -> float:
+        """Units a second since the first update; what was done before does not count."""
+        if self._first is None or time.monotonic() <= self._first[0]:
+            return 0.0
+        return (self.done - self._first[1]) / (time.monotonic() - self._first[0])

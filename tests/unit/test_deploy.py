@@ -16,7 +16,7 @@ import yaml
 
 from services.config import ClusterConfig, RunConfig, load_config
 from services.dashboard import SECTIONS, dashboard
-from services.placement import plan
+from services.placement import Node, plan
 from workers.telemetry import METRICS, Histogram
 
 ROOT = Path(__file__).parents[2]
@@ -186,7 +186,7 @@ def test_the_actors_of_the_entrypoint_fit_the_pods() -> None:
         for container in group["template"]["spec"]["containers"]
         for _ in range(group.get("replicas", 0))  # the head, which takes no actors, has none
     ]
-    placed = plan(entrypoint().cluster, [int(pod["cpu"]) for pod in pods])
+    placed = plan(entrypoint().cluster, [Node(int(pod["cpu"]), pod["nvidia.com/gpu"]) for pod in pods])
     for actors in (placed.harvester, placed.trainer, placed.evaluator):
         assert any(actors.num_cpus <= int(pod["cpu"]) and actors.num_gpus <= pod["nvidia.com/gpu"] for pod in pods)
     num_gpus = sum(pod["nvidia.com/gpu"] for pod in pods)

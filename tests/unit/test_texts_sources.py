@@ -56,3 +56,33 @@ def test_a_glob_that_matches_nothing_is_refused_with_the_fix(tmp_path: Path) -> 
         check_sources(TextConfig(source="files", paths=(str(tmp_path / "*.txt"),)))
     with pytest.raises(ValueError, match="pip download --no-deps sae-probes"):
         check_sources(TextConfig(source="sae-probes", paths=(str(tmp_path / "*.whl"),)))
+
+
+def test_blank_lines_and_folders_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n\n')
+    config = TextConfig(source="files", paths=(str(tmp_path / "**"),), held_out_share=1e-6)
+    assert [(Path(d.name).name, d.text) for d in documents(config, "harvest")] == [
+        ("a.jsonl:1", "one"),
+        ("a.jsonl:3", "two"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "tw', r"a\.jsonl:2 is not JSON"),
+        ("a.jsonl", b'"one"', r"a\.jsonl:1 is not a JSON object"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(documents(TextConfig(source="files", paths=(str(tmp_path / "*"),)), "harvest"))
+
+
+def test_newlines_of_every_system_are_one(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
+    config = TextConfig(source="files", paths=(str(tmp_path / "*"),), held_out_share=1e-6)
+    assert [document.text for document in documents(config, "harvest")] == ["one\ntwo\nthree\n"]

@@ -34,7 +34,7 @@ class _Evaluator(Shell):
         for report in self.evaluator.evaluate(run_id, step, names):
             reports.write_report(self.storage, report)
             recovered = report.metrics["fidelity"].get("ce_recovered")
-            if recovered is not None:
+            if isinstance(recovered, float):
                 self.telemetry.set(EVAL_CE_RECOVERED, recovered, sae=report.name)
             for prefix, fvu in report.metrics["fvu"].items():
                 self.telemetry.set(EVAL_FVU, fvu, sae=report.name, prefix=prefix)

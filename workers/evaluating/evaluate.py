@@ -30,6 +30,7 @@ from workers.scores import geometry, sparsity
 from workers.scores.fidelity import FVUAccumulator
 
 _ROWS_AT_ONCE = 8192
+_FEWEST_FOR_COSINES = 2
 
 
 @dataclass(frozen=True)
@@ -121,21 +122,17 @@ class CheckpointEvaluator:
         codes, fvu = self._encode(sae, activations)
         usable = self.held_out.windows.usable.ravel()
         firing = sparsity.firing(codes[usable])
-        cosines = geometry.decoder_cosines(sae.W_enc.detach().T, sae.W_dec.detach(), torch.from_numpy(firing.rates > 0))
         return {
             "fvu": {str(prefix): value for prefix, value in fvu.items()},
             "l0": firing.l0,
             "dead_share": firing.dead_share,
             "firing": firing.histogram(),
-            "geometry": {
-                "mean_max_decoder_cosine": cosines.mean_max_decoder_cosine,
-                "mean_encoder_decoder_cosine": cosines.mean_encoder_decoder_cosine,
-            },
+            "geometry": _geometry(sae, torch.from_numpy(firing.rates > 0)),
             **self._probes_at(hook).scores(codes, sae.W_dec.detach().numpy()),
             "latents": describe_latents(
                 codes,
                 self.tokens,
-                sorted({*self.prefixes, sae.d_latent}),
+                self._widths(sae),
                 self.config.num_latents,
                 self.config.contexts_per_latent,
             ),
@@ -145,7 +142,7 @@ class CheckpointEvaluator:
         """Latents of every row (none at flagged rows), and the FVU of every prefix over the fidelity rows."""
         rows = torch.from_numpy(np.flatnonzero(self.held_out.windows.usable.ravel()))
         last = int(self._fidelity_rows().nonzero()[0].max())
-        prefixes = tuple(dict.fromkeys((*self.prefixes, sae.d_latent)))
+        prefixes = self._widths(sae)
         accumulator = FVUAccumulator(prefixes)
         parts: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32]]] = []
         for some in rows.split(_ROWS_AT_ONCE):
@@ -158,6 +155,10 @@ class CheckpointEvaluator:
         row, column, value = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         latents = csr_array((value, (row, column)), shape=(len(activations), sae.d_latent))
         return latents, accumulator.fvu()
+
+    def _widths(self, sae: SparseAutoencoder) -> tuple[int, ...]:
+        """The prefix lengths of every SAE, ascending, and this one's full width."""
+        return tuple(sorted({*self.prefixes, sae.d_latent}))
 
     def _fidelity_rows(self) -> npt.NDArray[np.bool_]:
         usable = self.held_out.windows.usable.copy()
@@ -178,3 +179,14 @@ class CheckpointEvaluator:
         if hook not in self._probes:
             self._probes[hook] = ConceptProbes(self.held_out, self._activations_at(hook).numpy(), self.config)
         return self._probes[hook]
+
+
+def _geometry(sae: SparseAutoencoder, fired: torch.Tensor) -> Json:
+    """Cosines of the latents that fired; an SAE that has died all but for one gets a sentence in their place."""
+    if int(fired.sum()) < _FEWEST_FOR_COSINES:
+        return {"omitted": f"{int(fired.sum())} latents fire on the held-out tokens: cosines need two"}
+    found = geometry.decoder_cosines(sae.W_enc.detach().T, sae.W_dec.detach(), fired)
+    return {
+        "mean_max_decoder_cosine": found.mean_max_decoder_cosine,
+        "mean_encoder_decoder_cosine": found.mean_encoder_decoder_cosine,
+    }

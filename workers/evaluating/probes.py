@@ -73,9 +73,21 @@ class ConceptProbes:
             omitted = {"omitted": f"{reason}: raise evaluate.probing_sequences"}
             return {"probing": omitted | {"left_out": self.left_out}, "erasure": omitted}
         mine = latents[self.rows]
-        ks = [k for k in self.config.probing_k if k <= mine.shape[1]]
-        sparse = sparse_probes(mine, self.labels, self.fits, self.examples, ks)
-        return {"probing": self._probing(sparse), "erasure": self._erasure(self._perturb(mine, w_dec))}
+        probing = self._probing(self._sparse(mine))
+        if not self._have_bystanders():
+            omitted = {
+                "omitted": "a concept is nested with every other one: TPP has nothing to compare its erasure with"
+            }
+            return {"probing": probing, "erasure": omitted}
+        return {"probing": probing, "erasure": self._erasure(self._perturb(mine, w_dec))}
+
+    def _have_bystanders(self) -> bool:
+        columns = [example.column for example in self.examples]
+        return not nested_concepts(self.concepts)[np.ix_(columns, columns)].all(axis=1).any()
+
+    def _sparse(self, features: csr_array | npt.NDArray[np.float32]) -> tuple[ProbingResult, ...]:
+        ks = [k for k in self.config.probing_k if k <= features.shape[1]]
+        return sparse_probes(features, self.labels, self.fits, self.examples, ks) if ks else ()
 
     def _perturb(
         self, features: csr_array | npt.NDArray[np.float32], w_dec: npt.NDArray[np.float32]
@@ -98,8 +110,7 @@ class ConceptProbes:
 
     @cached_property
     def _residual(self) -> tuple[ProbingResult, ...]:
-        ks = [k for k in self.config.probing_k if k <= self.activations.shape[1]]
-        return sparse_probes(self.activations, self.labels, self.fits, self.examples, ks)
+        return self._sparse(self.activations)
 
     @cached_property
     def _control(self) -> tuple[ProbingResult, ...]:

@@ -34,6 +34,9 @@ def harvest_shard(
 ) -> HarvestedShard:
     """Compute and commit the activations of one shard; a shard that is committed already is returned as it is."""
     started = time.perf_counter()
+    earlier = dataset.stored_commit(shard)
+    if earlier is not None:
+        return HarvestedShard(earlier, 0.0, 0.0)
     record = dataset.record
     tokens = dataset.read_uncommitted_tokens(shard)
     hooks = tuple(record.hooks)

@@ -56,8 +56,7 @@ def tokenise(
 ) -> Generator[int, None, Dataset]:
     """Write the token arrays of a dataset and then its record; yields the rows written so far, returns the dataset.
 
-    Raises ValueError when the source holds no text, or less than
-    `harvest.max_rows` of a hub data set.
+    Raises ValueError when the source holds no text.
     """
     name = dataset_id(model, text, hooks, harvest, rows_per_chunk, chunks_per_shard)
     writer = TokenWriter(storage, name, rows_per_chunk)

@@ -13,6 +13,8 @@ from typing import Any
 from workers.config import ModelConfig
 
 TINY = Path(__file__).parent / "tiny"
+SHIPPED = frozenset({"tiny", "minilm"})
+"""Names that stand for a packaged model, whatever folders there are."""
 
 _HOOK = re.compile(r"^blocks\.(\d+)\.[a-z0-9_.]+$")
 _LAYER_FIELDS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -34,6 +36,8 @@ def resolve(name: str) -> Path | str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"model.name: {folder} holds no config.json: name a folder saved by save_pretrained")
+        if not any(folder.glob("*.safetensors")):  # other formats are pickles, and no part of `files_digest`
+            raise ValueError(f"model.name: {folder} holds no .safetensors: save the weights in that format")
         return folder
     if name.startswith((".", "/", "~")):
         raise ValueError(f"model.name: there is no folder {name}: correct the path")

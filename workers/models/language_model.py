@@ -43,10 +43,9 @@ class LanguageModel:
             raise ValueError(f"model.name: cannot load {config.name}: {error}") from error
         self.bridge.eval()
         architecture = str(self.bridge.cfg.architecture)
-        commit = getattr(self.bridge.original_model.config, "_commit_hash", None)
         self.identity = ModelIdentity(
             name=config.name,
-            fingerprint=files_digest(where) if not isinstance(where, str) else f"hub:{commit}",
+            fingerprint=_hub_commit(where, config.revision) if isinstance(where, str) else files_digest(where),
             num_layers=int(self.bridge.cfg.n_layers),
             d_model=int(self.bridge.cfg.d_model),
             dtype=config.dtype,
@@ -104,3 +103,13 @@ class LanguageModel:
         if self.identity.causal:
             return {}
         return {"attention_mask": (~padding).long().to(self.device)}
+
+
+def _hub_commit(name: str, revision: str | None) -> str:
+    """Name and commit of the files that were loaded just now; the model itself has forgotten its commit."""
+    from transformers.utils.hub import cached_file, extract_commit_hash
+
+    commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
+    if commit is None:
+        raise ValueError(f"model.name: the hub gave no commit for {name}: name a folder with the model instead")
+    return f"hub:{name}@{commit}"

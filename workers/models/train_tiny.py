@@ -31,7 +31,7 @@ PAD, EOS, BOS, UNK = range(4)
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>"]  # at the ids above, as in Gemma
 VOCABULARY_SIZE = 4096
 HELD_OUT_USE = (
-    "Batch size and peak learning rate were chosen by the held-out loss of three runs of one epoch. The number of epochs "
+    "Batch size and peak learning rate were chosen by the held-out loss of three one-epoch runs. The number of epochs "
     "was set by the computing time there was, weight decay beforehand; the last step's weights are the ones saved."
 )
 
@@ -40,7 +40,7 @@ HELD_OUT_USE = (
 class Recipe:
     """How the model is trained; everything that decides the weights, but for the number of threads."""
 
-    epochs: int = 10
+    epochs: int = 3
     """Passes over the train split."""
     window_tokens: int = 256
     """Tokens of a context window, the leading <bos> among them."""

@@ -7,6 +7,7 @@ and evaluating.
 
 import glob
 import hashlib
+import importlib.util
 import io
 import json
 import platform
@@ -71,6 +72,8 @@ def check_sources(config: TextConfig) -> None:
     """Raise ValueError, before anything starts, when files that the config names are not there."""
     if config.source in {"files", "sae-probes"}:
         _matches(config.paths, config.source)
+    elif config.source == "hub" and importlib.util.find_spec("datasets") is None:
+        raise ValueError('text.source = "hub" needs the package `datasets`: pip install datasets')
 
 
 def _is_held_out(text: str, share: float) -> bool:
@@ -80,7 +83,12 @@ def _is_held_out(text: str, share: float) -> bool:
 
 def _matches(patterns: tuple[str, ...], source: str = "sae-probes") -> list[str]:
     found = sorted(
-        {path for pattern in patterns for path in glob.glob(str(Path(pattern).expanduser()), recursive=True)}
+        {
+            path
+            for pattern in patterns
+            for path in glob.glob(str(Path(pattern).expanduser()), recursive=True)
+            if not Path(path).is_dir()
+        }
     )
     if not found:
         hint = (
@@ -103,11 +111,14 @@ def _all_documents(config: TextConfig) -> Iterator[Document]:
 
 def _file(path: Path, field: str) -> Iterator[Document]:
     if path.suffix in _PLAIN:
-        yield Document(str(path), path.read_text(encoding="utf-8"))
+        yield Document(str(path), _decoded(path.read_bytes(), str(path)))
     elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines):
-                yield Document(f"{path}:{number + 1}", _text_of(json.loads(line), field, f"{path}:{number + 1}"))
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield Document(
+                        f"{path}:{number}", _text_of(_json(line, f"{path}:{number}"), field, f"{path}:{number}")
+                    )
     elif path.suffix == ".parquet":
         import pyarrow.parquet as parquet
 
@@ -118,6 +129,23 @@ def _file(path: Path, field: str) -> Iterator[Document]:
                 number += 1
     else:
         raise ValueError(f"text.paths: {path} is not .txt, .py, .md, .jsonl or .parquet: narrow the glob")
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"text.paths: {where} is not UTF-8 ({error}): convert it, or narrow the glob") from error
+
+
+def _json(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"text.paths: {where} is not JSON ({error}): correct the line") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"text.paths: {where} is not a JSON object: each line must hold one, with a field of text")
+    return row
 
 
 def _text_of(row: dict[str, Any], field: str, where: str) -> str:

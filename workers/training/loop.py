@@ -20,6 +20,7 @@ from storage.reports import write_history
 from storage.stream import ActivationStream
 from workers.batches import to_tensor
 from workers.config import SAEConfig, TrainConfig
+from workers.sae.scaling import input_scale
 from workers.sae.trainer import SAETrainer, StepResult
 
 _HISTORY_POINTS = 400
@@ -38,6 +39,7 @@ class Advance:
     results: dict[str, dict[str, float]]
     """SAE name -> the last step's figures."""
     step_seconds: list[float]
+    """Time of each step, the wait for its data excluded."""
     wait_seconds: float
     """Time this slice waited for data."""
     busy_seconds: float
@@ -93,9 +95,9 @@ class TrainingLoop:
         published: list[int] = []
         results: dict[str, StepResult[torch.Tensor]] = {}
         while not self.finished and (not step_seconds or time.perf_counter() - started < seconds):
-            before = time.perf_counter()
+            before = time.perf_counter() - self.stream.seconds_waited
             results = self._step()
-            step_seconds.append(time.perf_counter() - before)
+            step_seconds.append(time.perf_counter() - self.stream.seconds_waited - before)
             if self._publish_is_due():
                 self.publish()
                 published.append(self.progress.step)
@@ -234,5 +236,5 @@ def _new_trainer(dataset: Dataset, sae: SAEConfig, train: TrainConfig, device: t
         )
     d_in = dataset.record.hooks[sae.hook]
     return SAETrainer(
-        sae, train, d_in, torch.from_numpy(mean).float(), scale=(d_in / mean_square_norm) ** 0.5, device=device
+        sae, train, d_in, torch.from_numpy(mean).float(), scale=input_scale(d_in, mean_square_norm), device=device
     )
