@@ -153,11 +153,11 @@ def _start(
 
 
 def _run(config: RunConfig, only: _Only, console: Console, *, new: bool) -> None:
-    from services.runs import finished_summary, free_run_id
+    from services.runs import finished_summary, new_run_id
     from storage.filesystem import Storage
 
     storage = Storage(config.storage)
-    run_id = free_run_id(storage, config.run_id) if new else config.run_id
+    run_id = new_run_id(storage, config.run_id) if new else config.run_id
     summary = finished_summary(storage, run_id) if only is _Only.RUN else None
     if summary is not None:
         console.print(f"run {run_id} is finished; --new starts another", highlight=False)

@@ -80,6 +80,14 @@ class Slot:
         self._exporter.replaced(self.name)
         self.actor = self._make(self.name)
 
+    def begin(self) -> None:
+        """Say that the actor was handed work."""
+        self._exporter.begin(self.name)
+
+    def rest(self) -> None:
+        """Say that the actor has nothing to do."""
+        self._exporter.rest(self.name)
+
     def receive(self, reply: Reply[Any]) -> Any:
         """Take a reply's samples, return its result."""
         self._deaths_in_a_row = 0
@@ -89,7 +97,7 @@ class Slot:
     def stream(self, call: Callable[[Any], Any]) -> Iterator[Any]:
         """The results of a generator call on the actor; the whole call is made again on a new actor when the old one
         dies."""
-        self._exporter.begin(self.name)
+        self.begin()
         while True:
             try:
                 for reference in call(self.actor):

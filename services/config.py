@@ -16,7 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from storage.config import StorageConfig
 from workers.config import EvalConfig, FrozenConfig, HarvestConfig, ModelConfig, SAEConfig, TextConfig, TrainConfig
-from workers.models.catalog import SHIPPED, check_hooks
+from workers.models.catalog import SHIPPED, check_context, check_hooks
 from workers.texts.sources import check_sources
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -125,6 +125,7 @@ class RunConfig(FrozenConfig):
     def check(self) -> None:
         """Refuse, before anything is started, what can be known to fail: hooks, files, root, port."""
         check_hooks(self.model, self.harvest.hooks)
+        check_context(self.model, self.harvest.context_tokens)
         check_sources(self.text)
         root, cluster = self.storage.root, self.cluster
         if root.startswith("memory:"):

@@ -1,6 +1,5 @@
 """Resources per actor: one table. Nothing else decides how many cores, threads or GPUs an actor gets."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,14 +66,18 @@ def plan(cluster: ClusterConfig, nodes: list[Node]) -> Plan:
 
 
 def actor_environment(hub_is_needed: bool) -> dict[str, str]:
-    """Environment of every actor: no telemetry, and no hub calls where every model and text is local."""
+    """Environment of every actor: no telemetry, no hub calls where model and text are local, memory kept for reuse.
+
+    Without the last, glibc gives each large tensor back to the system, and fresh pages cost more than the arithmetic on
+    them: `tests.benchmarks.bench_harvest` tells how much.
+    """
     environment = {
+        "MALLOC_MMAP_THRESHOLD_": str(8 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
     if not hub_is_needed:
         environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    if commit := os.environ.get("DOLLHOUSE_COMMIT"):
-        environment["DOLLHOUSE_COMMIT"] = commit
     return environment

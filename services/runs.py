@@ -13,8 +13,8 @@ def finished_summary(storage: Storage, run_id: str) -> RunSummary | None:
     return summary if summary is not None and summary.finished else None
 
 
-def free_run_id(storage: Storage, run_id: str) -> str:
-    """`run_id` with the first number behind it that no run under this root has."""
+def new_run_id(storage: Storage, run_id: str) -> str:
+    """`run_id` with the first number behind it that no finished run has: an interrupted `--new` goes on."""
     if not reports.run_exists(storage, run_id):
         return run_id
-    return next(name for n in count(2) if not reports.run_exists(storage, name := f"{run_id}-{n}"))
+    return next(name for n in count(2) if finished_summary(storage, name := f"{run_id}-{n}") is None)

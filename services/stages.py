@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import ray
@@ -28,6 +27,7 @@ from storage.records import MetricsReport
 from workers.actors.evaluator import Evaluator
 from workers.actors.harvester import Harvester, Prepared
 from workers.actors.trainer import Trainer
+from workers.evaluating.evaluate import CheckpointKey
 from workers.telemetry import COMMITTED_ROWS, PLANNED_ROWS, QUEUE_DEPTH, Telemetry
 from workers.training.loop import Advance
 
@@ -183,8 +183,7 @@ def _figures(advance: Advance) -> str:
 
 
 class Evaluation:
-    """Follows a run's checkpoints, newest first, never the same twice; in a thread while the trainer works, or after
-    it."""
+    """Follows a run's checkpoints, never the same twice; in a thread while the trainer works, or after it."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -235,37 +234,35 @@ class Evaluation:
             while True:
                 ending = self._trainer_is_done.is_set()  # looked at before listing, so that nothing slips between
                 pending = pending_checkpoints(context.storage, context.run_id)
-                waiting = sum(map(len, pending.values()))
-                context.telemetry.set(QUEUE_DEPTH, waiting, stage="evaluate")
+                context.telemetry.set(QUEUE_DEPTH, len(pending), stage="evaluate")
                 context.tell()
                 if pending:
                     slot = slot or context.slot("evaluator", 0, make)
-                    step = max(pending)
-                    call = partial(_call_evaluator, run_id=context.run_id, step=step, names=tuple(pending[step]))
-                    report: MetricsReport
-                    for report in slot.stream(call):
+                    for report in _evaluate(slot, context.run_id, pending):
                         done += 1
-                        progress.update(done, done - 1 + waiting, f"{report.name} at step {report.step:,}")
-                        waiting -= 1
+                        progress.update(done, done, f"{report.name} at step {report.step:,}")
                 elif ending:
                     break
                 else:
-                    if slot is not None:
-                        context.exporter.rest(slot.name)
                     time.sleep(_FOLLOW_SECONDS)
         if slot is not None:
             slot.close()
 
 
-def _call_evaluator(actor: Any, *, run_id: str, step: int, names: tuple[str, ...]) -> Any:
-    return actor.evaluate.remote(run_id, step, names)
+def _evaluate(slot: Slot, run_id: str, pending: tuple[CheckpointKey, ...]) -> Iterator[MetricsReport]:
+    """Reports as they are done. Ends early when the evaluator dies: the caller lists anew what is left."""
+    slot.begin()
+    try:
+        for reference in slot.actor.evaluate.remote(run_id, pending):
+            yield slot.receive(ray.get(reference))
+    except RayActorError as error:
+        slot.replace(error)
+    slot.rest()
 
 
-def pending_checkpoints(storage: Storage, run_id: str) -> dict[int, list[str]]:
-    """Step -> names of the published checkpoints that have no report yet."""
-    scored = {(report.name, report.step) for report in reports.list_reports(storage, run_id)}
-    pending: dict[int, list[str]] = {}
-    for record in checkpoints.list_checkpoints(storage, run_id):
-        if (record.name, record.step) not in scored:
-            pending.setdefault(record.step, []).append(record.name)
-    return pending
+def pending_checkpoints(storage: Storage, run_id: str) -> tuple[CheckpointKey, ...]:
+    """Name and step of the published checkpoints that have no report yet, newest first."""
+    found = checkpoints.list_published(storage, run_id)
+    return tuple(
+        sorted((key for key in found if not reports.is_scored(storage, run_id, *key)), key=lambda key: -key[1])
+    )

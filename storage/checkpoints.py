@@ -74,10 +74,14 @@ def load(storage: Storage, run_id: str, name: str, step: int) -> tuple[Checkpoin
 
 def list_checkpoints(storage: Storage, run_id: str) -> list[CheckpointRecord]:
     """Published SAEs of a run, by name and step."""
+    return [_read_record(storage, run_id, *where) for where in list_published(storage, run_id)]
+
+
+def list_published(storage: Storage, run_id: str) -> list[tuple[str, int]]:
+    """Name and step of a run's published SAEs, without reading them."""
     folder = layout.checkpoints(run_id)
     found = [(name, int(step)) for name in storage.names(folder) for step in storage.names(f"{folder}/{name}")]
-    published = [where for where in found if storage.exists(layout.checkpoint_record(run_id, *where))]
-    return [_read_record(storage, run_id, *where) for where in published]
+    return [where for where in found if storage.exists(layout.checkpoint_record(run_id, *where))]
 
 
 def save_state(

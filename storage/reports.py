@@ -89,6 +89,11 @@ def read_report(storage: Storage, run_id: str, name: str, step: int) -> MetricsR
     return MetricsReport.from_bytes(storage.get(key), storage.url(key)) if storage.exists(key) else None
 
 
+def is_scored(storage: Storage, run_id: str, name: str, step: int) -> bool:
+    """Whether a checkpoint has its report."""
+    return storage.exists(layout.report_json(run_id, name, step))
+
+
 def list_reports(storage: Storage, run_id: str) -> list[MetricsReport]:
     """The scores of all checkpoints of a run, by name and step."""
     folder = layout.checkpoints(run_id)

@@ -155,7 +155,7 @@ class TrainConfig(FrozenConfig):
 
     rows: int = Field(2_000_000, ge=1)
     """Rows (tokens) each SAE is trained on; epochs follow each other until they are spent."""
-    batch_rows: int = Field(2048, ge=1)
+    batch_rows: int = Field(2048, ge=2)
     """Rows per step."""
     learning_rate: float = Field(1e-3, gt=0)
     """Adam's peak learning rate."""

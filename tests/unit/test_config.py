@@ -53,6 +53,7 @@ def test_an_impossible_value_is_refused_with_its_field_and_the_fix(override: str
         ("harvest.hooks=['blocks.9.hook_resid_post','blocks.2.hook_resid_post']", "has layers 0 to 3"),
         ("harvest.hooks=['embed','blocks.2.hook_resid_post']", "not of the form"),
         ("model.name=./nowhere", "there is no folder"),
+        ("harvest.context_tokens=1024", "reads 512 at most"),
         ("storage.root=memory://x", "one process only"),
     ],
 )

@@ -119,7 +119,7 @@ def _dead(mean: torch.Tensor) -> dict[str, torch.Tensor]:
 def scored(root: Storage, dataset: Dataset, evaluator: CheckpointEvaluator) -> dict[str, MetricsReport]:
     _publish(root, dataset, "perfect", _both_signs())
     _publish(root, dataset, "dead", _dead(torch.tensor(dataset.moments(HOOK).mean, dtype=torch.float32)))
-    return {report.name: report for report in evaluator.evaluate(RUN, 1, ("perfect", "dead"))}
+    return {report.name: report for report in evaluator.evaluate(RUN, (("perfect", 1), ("dead", 1)))}
 
 
 def test_an_exact_sae_recovers_all_cross_entropy_and_variance(scored: dict[str, MetricsReport]) -> None:
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(
     other = dataset.record.model.model_copy(update={"name": "another", "fingerprint": "0" * 64})
     _publish(root, dataset, "foreign", _both_signs(), other)
     with pytest.raises(ValueError, match=r"was trained on model another .* with its own model"):
-        list(evaluator.evaluate(RUN, 1, ("foreign",)))
+        list(evaluator.evaluate(RUN, (("foreign", 1),)))
 
 
 def test_an_ablation_that_does_no_harm_is_a_sentence_and_not_the_end() -> None:
@@ -239,7 +239,7 @@ def test_held_out_windows_are_chosen_by_the_seed_alone(evaluator: CheckpointEval
 def test_an_encoder_has_no_cross_entropy_and_says_why(root: Storage, dataset: Dataset) -> None:
     encoder = CheckpointEvaluator(root, ModelConfig(name="minilm", device="cpu"), TEXT, HARVEST, EVALUATE, PREFIXES)
     _publish(root, dataset, "encoder", _both_signs(encoder.model.identity.d_model), encoder.model.identity)
-    (report,) = encoder.evaluate(RUN, 1, ("encoder",))
+    (report,) = encoder.evaluate(RUN, (("encoder", 1),))
     assert "predicts no next token" in report.metrics["fidelity"]["omitted"]
     assert report.metrics["fvu"]["768"] == pytest.approx(0, abs=1e-6)
     assert report.metrics["probing"]["mean"]["dense"] > 0.7

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from services import lease
-from services.runs import finished_summary, free_run_id
+from services.runs import finished_summary, new_run_id
 from storage import layout, leases, reports
 from storage.config import StorageConfig
 from storage.filesystem import Storage
@@ -87,13 +87,17 @@ def _start(storage: Storage, run_id: str, *, finished: bool | None = None) -> No
         reports.write_summary(storage, summary)
 
 
-def test_a_free_run_id_is_the_first_that_no_run_has(storage: Storage) -> None:
-    assert free_run_id(storage, RUN) == RUN
+def test_a_new_run_takes_the_first_number_that_no_finished_run_has(storage: Storage) -> None:
+    assert new_run_id(storage, RUN) == RUN
     _start(storage, RUN)
-    assert free_run_id(storage, RUN) == "run-2"
+    assert new_run_id(storage, RUN) == "run-2"
     _start(storage, "run-2")
-    _start(storage, "run-4")
-    assert free_run_id(storage, RUN) == "run-3"
+    assert new_run_id(storage, RUN) == "run-2"  # interrupted: it goes on
+    reports.write_summary(
+        storage,
+        RunSummary(run_id="run-2", dataset_id="d", seconds={}, steal_share=0, restarts=0, finished=True),
+    )
+    assert new_run_id(storage, RUN) == "run-3"
 
 
 def test_only_a_finished_run_has_a_finished_summary(storage: Storage) -> None:

@@ -10,7 +10,7 @@ from storage.filesystem import Storage
 from storage.records import MetricsReport
 from workers.actors.shell import Reply, Shell
 from workers.config import EvalConfig, HarvestConfig, ModelConfig, TextConfig
-from workers.evaluating.evaluate import CheckpointEvaluator
+from workers.evaluating.evaluate import CheckpointEvaluator, CheckpointKey
 from workers.telemetry import EVAL_CE_RECOVERED, EVAL_FVU
 
 
@@ -29,9 +29,9 @@ class _Evaluator(Shell):
         super().__init__(slot, Storage(storage), num_threads)
         self.evaluator = CheckpointEvaluator(self.storage, model, text, harvest, evaluate, prefixes)
 
-    def evaluate(self, run_id: str, step: int, names: tuple[str, ...]) -> Iterator[Reply[MetricsReport]]:
-        """Score the checkpoints of one step and write each one's report; yields them as they are done."""
-        for report in self.evaluator.evaluate(run_id, step, names):
+    def evaluate(self, run_id: str, wanted: tuple[CheckpointKey, ...]) -> Iterator[Reply[MetricsReport]]:
+        """Score checkpoints and write each one's report; yields them as they are done."""
+        for report in self.evaluator.evaluate(run_id, wanted):
             reports.write_report(self.storage, report)
             recovered = report.metrics["fidelity"].get("ce_recovered")
             if isinstance(recovered, float):

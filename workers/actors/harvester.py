@@ -17,7 +17,7 @@ from workers.harvesting.tokenise import dataset_id, tokenise
 from workers.models.language_model import LanguageModel
 from workers.models.tokens import Tokenizer
 from workers.telemetry import FORWARD_SECONDS_TOTAL, HARVEST_TOKENS_TOTAL
-from workers.texts.sources import identify
+from workers.texts.sources import check_held_out, identify
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class _Harvester(Shell):
         name = dataset_id(self.model.identity, identity, hooks, self.harvest_config, **layout)
         found = Dataset.find(self.storage, name)
         if found is None:
+            check_held_out(self.text)
             steps = tokenise(
                 self.storage,
                 Tokenizer.load(self.model_config),

@@ -29,6 +29,9 @@ from workers.sae.module import SparseAutoencoder
 from workers.scores import geometry, sparsity
 from workers.scores.fidelity import FVUAccumulator
 
+CheckpointKey = tuple[str, int]
+"""An SAE's name and a step."""
+
 _ROWS_AT_ONCE = 8192
 _FEWEST_FOR_COSINES = 2
 
@@ -66,20 +69,20 @@ class CheckpointEvaluator:
         self._activations: dict[str, torch.Tensor] = {}
         self._probes: dict[str, ConceptProbes] = {}
 
-    def evaluate(self, run_id: str, step: int, names: tuple[str, ...]) -> Iterator[MetricsReport]:
-        """Yield the report of each named SAE's checkpoint at `step`.
+    def evaluate(self, run_id: str, wanted: tuple[CheckpointKey, ...]) -> Iterator[MetricsReport]:
+        """Yield the report of each checkpoint, in the order given; all of them share one set of forward passes.
 
         Raises ValueError when a checkpoint is damaged, or belongs to another model than this evaluator runs.
         """
         started = time.perf_counter()
-        loaded = {name: self._load(run_id, name, step) for name in names}
+        loaded = {key: self._load(run_id, *key) for key in wanted}
         fidelity = self._fidelity(loaded)
-        for name, entry in loaded.items():
-            metrics = {"fidelity": fidelity[name], **self._scores(entry), "definitions": DEFINITIONS}
+        for key, entry in loaded.items():
+            metrics = {"fidelity": fidelity[key], **self._scores(entry), "definitions": DEFINITIONS}
             yield MetricsReport(
                 run_id=run_id,
-                name=name,
-                step=step,
+                name=entry.record.name,
+                step=entry.record.step,
                 checkpoint_digest=entry.record.digest(),
                 text=self.held_out.identity,
                 evaluate=self.config.model_dump(mode="json"),
@@ -100,13 +103,13 @@ class CheckpointEvaluator:
         sae = SparseAutoencoder.from_tensors({key: torch.from_numpy(value) for key, value in tensors.items()})
         return _Loaded(record, sae)
 
-    def _fidelity(self, loaded: dict[str, _Loaded]) -> dict[str, Json]:
+    def _fidelity(self, loaded: dict[CheckpointKey, _Loaded]) -> dict[CheckpointKey, Json]:
         if not self.model.identity.causal:
             reason = "the model is an encoder: it predicts no next token, so there is no cross-entropy to recover"
-            return {name: {"omitted": reason} for name in loaded}
+            return {key: {"omitted": reason} for key in loaded}
         spliced = {
-            name: Spliced(entry.record.hook, entry.sae.to(self.model.device), self._mean(entry.record))
-            for name, entry in loaded.items()
+            key: Spliced(entry.record.hook, entry.sae.to(self.model.device), self._mean(entry.record))
+            for key, entry in loaded.items()
         }
         windows = self.held_out.windows.take(slice(0, self.held_out.num_fidelity))
         return measure_fidelity(self.model, windows, spliced, self.harvest.batch_sequences)

@@ -3,8 +3,9 @@
 The clean, zero-ablated and mean-ablated passes are shared by all SAEs. The arithmetic is in `workers.scores.fidelity`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from workers.batches import Windows
 from workers.models.language_model import LanguageModel, Splice
 from workers.sae.module import SparseAutoencoder
 from workers.scores.fidelity import PredictionAccumulator, log_probabilities, recovered
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class _Passes:
 
 
 def measure_fidelity(
-    model: LanguageModel, windows: Windows, saes: dict[str, Spliced], batch_sequences: int
-) -> dict[str, Json]:
+    model: LanguageModel, windows: Windows, saes: Mapping[K, Spliced], batch_sequences: int
+) -> dict[K, Json]:
     """Cross-entropy and KL of each SAE's spliced pass between the clean and the ablated ones; see `definitions`."""
     clean = PredictionAccumulator()
     ablations = {hook: (PredictionAccumulator(), PredictionAccumulator()) for hook in {s.hook for s in saes.values()}}

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
+from threadpoolctl import threadpool_limits
 
 from storage.records import Json
 from workers.config import EvalConfig
@@ -65,6 +66,11 @@ class ConceptProbes:
 
     def scores(self, latents: csr_array, w_dec: npt.NDArray[np.float32]) -> Json:
         """The report's `probing` and `erasure` of one SAE; `latents` is [rows, d_latent] over all held-out windows."""
+        # The problems are small: threads of a linear algebra library would wait for each other most of the time.
+        with threadpool_limits(1):
+            return self._scores(latents, w_dec)
+
+    def _scores(self, latents: csr_array, w_dec: npt.NDArray[np.float32]) -> Json:
         if not self.concepts:
             omitted = {"omitted": "nothing is known of this kind of text: there are no labels to probe for"}
             return {"probing": omitted, "erasure": omitted}

@@ -74,6 +74,16 @@ def layer_of(hook: str) -> int:
     return int(match.group(1))
 
 
+def check_context(config: ModelConfig, context_tokens: int) -> None:
+    """Raise ValueError when a local model was not made for windows so long."""
+    content = local_config(config.name) or {}
+    longest = content.get("max_position_embeddings") or content.get("n_positions")
+    if longest is not None and context_tokens > int(longest):
+        raise ValueError(
+            f"harvest.context_tokens is {context_tokens}, but {config.name} reads {longest} at most: lower it"
+        )
+
+
 def check_hooks(config: ModelConfig, hooks: tuple[str, ...]) -> None:
     """Raise ValueError when a hook's layer is beyond the model's last; the rest is checked when the model loads."""
     content = local_config(config.name)

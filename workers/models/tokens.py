@@ -64,7 +64,9 @@ class Tokenizer:
 
     def strings(self, token_ids: npt.NDArray[np.int32]) -> list[str]:
         """Each token's own text, for display."""
-        return [str(self.hf.decode([int(token)])) for token in token_ids]
+        distinct, which = np.unique(token_ids, return_inverse=True)
+        texts = [str(self.hf.decode([int(token)])) for token in distinct]
+        return [texts[index] for index in which]
 
 
 def iter_windows(

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import os
 import platform
 import zipfile
 from collections.abc import Iterator
@@ -64,7 +65,7 @@ def identify(config: TextConfig, part: Part) -> TextIdentity:
     if config.source == "stdlib":
         description = f"standard library of Python {platform.python_version()}, {part} part, {count} files"
     else:
-        description = f"{count} documents matching {', '.join(config.paths)}, {part} part"
+        description = f"{count} documents of {len(_matches(config.paths))} files, {part} part"
     return TextIdentity(source=config.source, fingerprint=total.hexdigest(), description=description)
 
 
@@ -74,6 +75,14 @@ def check_sources(config: TextConfig) -> None:
         _matches(config.paths, config.source)
     elif config.source == "hub" and importlib.util.find_spec("datasets") is None:
         raise ValueError('text.source = "hub" needs the package `datasets`: pip install datasets')
+
+
+def check_held_out(config: TextConfig) -> None:
+    """Raise ValueError, before a long run, when no document is left to evaluate on."""
+    if next(iter(documents(config, "held_out")), None) is None:
+        raise ValueError(
+            "text: no document is held out for evaluation: name more documents, or raise text.held_out_share"
+        )
 
 
 def _is_held_out(text: str, share: float) -> bool:
@@ -105,19 +114,21 @@ def _all_documents(config: TextConfig) -> Iterator[Document]:
         for path in _matches(config.paths):
             yield from _wheel(Path(path))
     else:
-        for path in _matches(config.paths, "files"):
-            yield from _file(Path(path), config.field)
+        files = [Path(path).absolute() for path in _matches(config.paths, "files")]
+        base = os.path.commonpath([file.parent for file in files])
+        for file in files:  # named from their common folder on: a moved corpus is the same corpus
+            yield from _file(file, file.relative_to(base).as_posix(), config.field)
 
 
-def _file(path: Path, field: str) -> Iterator[Document]:
+def _file(path: Path, name: str, field: str) -> Iterator[Document]:
     if path.suffix in _PLAIN:
-        yield Document(str(path), _decoded(path.read_bytes(), str(path)))
+        yield Document(name, _decoded(path.read_bytes(), str(path)))
     elif path.suffix == ".jsonl":
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield Document(
-                        f"{path}:{number}", _text_of(_json(line, f"{path}:{number}"), field, f"{path}:{number}")
+                        f"{name}:{number}", _text_of(_json(line, f"{path}:{number}"), field, f"{path}:{number}")
                     )
     elif path.suffix == ".parquet":
         import pyarrow.parquet as parquet
@@ -125,7 +136,7 @@ def _file(path: Path, field: str) -> Iterator[Document]:
         number = 0
         for batch in parquet.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
-                yield Document(f"{path}:{number}", _text_of(row, field, f"{path}:{number}"))
+                yield Document(f"{name}:{number}", _text_of(row, field, f"{path}:{number}"))
                 number += 1
     else:
         raise ValueError(f"text.paths: {path} is not .txt, .py, .md, .jsonl or .parquet: narrow the glob")
