@@ -181,11 +181,15 @@ def _run(config: RunConfig, only: _Only, console: Console, *, new: bool) -> None
 def _exporter(config: RunConfig, run_id: str, console: Console) -> Iterator["Exporter"]:
     """The run's metrics, served from before Ray and torch are imported until the run's end."""
     from services.exporter import Exporter
+    from workers.telemetry import RUN_INFO, Telemetry
 
     host = config.cluster.metrics_host
     with closing(
         Exporter(host, config.cluster.metrics_port, run_id=run_id, silent_seconds=_SILENT_SECONDS)
     ) as exporter:
+        telemetry = Telemetry()
+        telemetry.set(RUN_INFO, 1, run_id=run_id, dataset_id="")
+        exporter.update("controller", telemetry.snapshot())
         console.print(
             f"run {run_id}, root {config.storage.root}, metrics http://{host}:{exporter.port}/metrics",
             highlight=False,

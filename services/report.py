@@ -66,7 +66,7 @@ def build_report(
         "samples": samples,
         "config": run.config,
     }
-    clean: Json = _without_nan(report)
+    clean: Json = _tidy(report)
     return clean
 
 
@@ -191,12 +191,17 @@ def _dataset(dataset: DatasetRecord) -> Json:
     }
 
 
-def _without_nan(value: Any) -> Any:
-    """The same JSON with null where a number is NaN or infinite, which JSON cannot say."""
+def _tidy(value: Any) -> Any:
+    """The same JSON with null where a number is NaN or infinite, which JSON cannot say, and numbers as keys in order.
+
+    Records are stored with their keys sorted as text: "1920" before "384".
+    """
     if isinstance(value, Mapping):
-        return {key: _without_nan(item) for key, item in value.items()}
+        numbered = bool(value) and all(str(key).isdecimal() for key in value)
+        keys = sorted(value, key=int) if numbered else list(value)
+        return {key: _tidy(value[key]) for key in keys}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
+        return [_tidy(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

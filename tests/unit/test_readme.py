@@ -11,7 +11,6 @@ from workers.telemetry import METRICS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-_SHOWN = ("services/", "workers/", "storage/")
 
 
 def test_the_metrics_table_is_the_declarations() -> None:
@@ -23,16 +22,11 @@ def test_the_metrics_table_is_the_declarations() -> None:
 def test_the_tree_names_every_module_once_with_a_line_of_purpose() -> None:
     tree = README.split("## Where things are")[1].split("```")[1]
     named = re.findall(r"^ *([\w-]+\.(?:py|toml))  +\S", tree, re.MULTILINE)
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
     modules = [
-        Path(name).name
-        for name in listed.stdout.splitlines()
-        if name.startswith(_SHOWN)
-        and name.endswith((".py", ".toml"))
-        and not name.endswith("__init__.py")
-        and (ROOT / name).exists()
+        path.name
+        for folder in ("services", "workers", "storage")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in {".py", ".toml"} and path.name != "__init__.py"
     ]
     assert sorted(named) == sorted(modules)
 
