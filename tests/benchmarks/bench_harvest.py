@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.bench_harvest [--shards 8] [--threads 1] [--json]
 
-Both run as a harvester's process does, with one thread unless told otherwise: the same windows through the same model at
-the same hook points. One keeps nothing, the other checks, sums, writes and commits (local disk, fsync). Prints tokens per
-second of each, their ratio shard by shard, and the share of processor time stolen meanwhile.
+Both run as a harvester's process does, with one thread unless told otherwise: the same windows through the same model
+at the same hook points. One keeps nothing, the other checks, sums, writes and commits (local disk, fsync). Prints
+tokens per second of each, their ratio shard by shard, and the share of processor time stolen meanwhile.
 """
 
 import argparse
