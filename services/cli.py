@@ -85,16 +85,18 @@ def evaluate(
 
 @app.command()
 def report(root: Root = None, as_json: AsJson = False) -> None:
-    """Print the newest finished run's scores, and write its page again."""
+    """Print the newest run's scores, and write its page again."""
     from services.pages import write_report
     from services.tables import print_report
-    from storage.reports import newest_run
+    from storage.checkpoints import newest_run
 
     with _errors_in_a_sentence():
         storage = _open(root)
         found = newest_run(storage)
         if found is None:
-            _fail(f"{storage.url()} holds no run: start one with `dollhouse run`")
+            _fail(
+                f"no run under {storage.url()} has published an SAE: start one with `dollhouse run`, or see `dollhouse status`"
+            )
         content = write_report(storage, found)
     if as_json:
         _print_json(content)

@@ -33,7 +33,7 @@ def start(cluster: ClusterConfig, *, hub_is_needed: bool) -> list[Node]:
     controller.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's coming default; it warns until set
     environment: dict[str, Any] = {"env_vars": actor_environment(hub_is_needed)}
     common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "dollhouse"}
     if cluster.address in {None, "local"}:
@@ -52,8 +52,7 @@ def start(cluster: ClusterConfig, *, hub_is_needed: bool) -> list[Node]:
 
 
 class Slot:
-    """One place for an actor, such as `harvester-0`; what dies in it is replaced, with everything that it was started
-    with."""
+    """One place for an actor, such as `harvester-0`; what dies in it is replaced by an actor of the same arguments."""
 
     def __init__(
         self, stage: str, index: int, make: Callable[[str], Any], exporter: Exporter, telemetry: Telemetry
@@ -95,8 +94,7 @@ class Slot:
         return reply.result
 
     def stream(self, call: Callable[[Any], Any]) -> Iterator[Any]:
-        """The results of a generator call on the actor; the whole call is made again on a new actor when the old one
-        dies."""
+        """The results of a generator call on the actor; when it dies, the whole call is made again on a new one."""
         self.begin()
         while True:
             try:

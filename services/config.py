@@ -1,5 +1,4 @@
-"""RunConfig: everything a run can be told, from a TOML recipe and `--set a.b=c`. Parses and checks before anything
-heavy loads.
+"""RunConfig: everything a run can be told, from a TOML recipe and `--set a.b=c`. Heavy imports come after.
 
 Standard library and pydantic only. Unknown keys, wrong types and impossible values are refused with one sentence.
 """

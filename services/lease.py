@@ -18,8 +18,7 @@ _TTL_SECONDS = 30.0
 
 @contextmanager
 def held(storage: Storage, run_id: str) -> Iterator[None]:
-    """Hold the lease of a run. Raises LeaseHeldError when another controller is alive; one that died here is taken over
-    at once."""
+    """Hold the lease of a run. LeaseHeldError where another controller lives; one that died here is replaced."""
     owner = f"{socket.gethostname()}/{os.getpid()}/{time.time():.0f}"
     before = leases.holder(storage, run_id)
     if before is not None and _died_here(before):

@@ -1,5 +1,4 @@
-"""How busy the machine was, beside every timed figure: time stolen by the hypervisor, and memory of a tree of
-processes."""
+"""How busy the machine was: time stolen by the hypervisor, and the memory of a tree of processes."""
 
 import psutil
 

@@ -1,5 +1,4 @@
-"""What a run will take, before it starts: rows, bytes, objects, memory. Arithmetic only; loads no model and starts
-nothing.
+"""What a run will take, before it starts: rows, bytes, objects, memory. By arithmetic; starts nothing.
 
 `dollhouse run --dry-run` prints it. Figures that cannot be known yet are left out, and estimates say so.
 """

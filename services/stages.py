@@ -1,5 +1,4 @@
-"""The three stages of a run, as the controller sees them: which calls are out, which came back, which must be made
-again.
+"""The three stages of a run, as the controller sees them: which calls are out, which must be made again.
 
 Exactly-once comes from storage: a call that is made twice finds the first one's commit. Called by `services.pipeline`.
 """
@@ -238,9 +237,10 @@ class Evaluation:
                 context.tell()
                 if pending:
                     slot = slot or context.slot("evaluator", 0, make)
+                    total = done + len(pending)
                     for report in _evaluate(slot, context.run_id, pending):
                         done += 1
-                        progress.update(done, done, f"{report.name} at step {report.step:,}")
+                        progress.update(done, total, f"{report.name} at step {report.step:,}")
                 elif ending:
                     break
                 else:

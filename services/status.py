@@ -1,5 +1,4 @@
-"""What storage alone tells of runs and datasets: `dollhouse status` and `dollhouse inspect`. Starts nothing, loads no
-torch."""
+"""What storage alone tells of runs and datasets: `dollhouse status` and `dollhouse inspect`. No torch, no Ray."""
 
 from typing import Any
 

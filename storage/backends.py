@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import fsspec
 import obstore
-from obstore.exceptions import AlreadyExistsError
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import from_url
 
 OBJECT_SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
@@ -158,14 +158,17 @@ class ObjectBackend:
 
     def __init__(self, root: str, timeout_seconds: float) -> None:
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-        self.store = from_url(
-            root,
-            client_options={
-                "timeout": timedelta(seconds=timeout_seconds),
-                "allow_http": endpoint.startswith("http://"),
-            },
-            retry_config={"max_retries": 0},  # `filesystem` retries, and counts
-        )
+        try:
+            self.store = from_url(
+                root,
+                client_options={
+                    "timeout": timedelta(seconds=timeout_seconds),
+                    "allow_http": endpoint.startswith("http://"),
+                },
+                retry_config={"max_retries": 0},  # `filesystem` retries, and counts
+            )
+        except BaseError as error:  # a root or an environment that obstore cannot read: no try will change that
+            raise ValueError(str(error)) from None
 
     def read(self, key: str) -> bytes:
         return bytes(obstore.get(self.store, key).bytes())

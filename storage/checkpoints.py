@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as decode_tensors
 from safetensors.numpy import save as encode_tensors
 
-from storage import layout
+from storage import layout, reports
 from storage.filesystem import DamagedDataError, Storage, StorageConflictError
 from storage.records import CheckpointRecord, Json, Record
 
@@ -82,6 +82,14 @@ def list_published(storage: Storage, run_id: str) -> list[tuple[str, int]]:
     folder = layout.checkpoints(run_id)
     found = [(name, int(step)) for name in storage.names(folder) for step in storage.names(f"{folder}/{name}")]
     return [where for where in found if storage.exists(layout.checkpoint_record(run_id, *where))]
+
+
+def newest_run(storage: Storage, name: str | None = None) -> str | None:
+    """The newest run that has published an SAE (of that name); None where there is none."""
+    for run_id in reports.newest_first(storage):
+        if any(name in (None, found) for found, _ in list_published(storage, run_id)):
+            return run_id
+    return None
 
 
 def save_state(

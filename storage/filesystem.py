@@ -28,6 +28,11 @@ _LONGEST_DELAY_SECONDS = 10.0
 _TRANSIENT_ERRNOS = {
     errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENETUNREACH,
 }  # fmt: skip
+_TRANSIENT_STATUSES = {"408", "425", "429", "500", "502", "503", "504"}
+# as obstore words it, and what S3, GCS and Azure say in it
+_ANSWER = re.compile(r"performing (\w+) (\w+://[^/?\s]+).*?status code: (\d{3})([\w ]*)", re.DOTALL)
+_ANSWER_CODE = re.compile(r"<Code>(\w+)</Code>")
+_NO_BUCKET = re.compile(r"<Code>(NoSuchBucket|ContainerNotFound)</Code>")
 _SECRET_VARIABLE = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
 
 T = TypeVar("T")
@@ -138,7 +143,8 @@ class Storage:
                 exclusive = not self.put_if_absent(key, b"second") and self.get(key) == b"first"
                 self.delete(key)
         except (OSError, ValueError, ImportError) as error:
-            raise ValueError(f"storage.root {self.url()} cannot be written ({_redacted(error)}): {advice}") from None
+            reason = str(error) if isinstance(error, StorageError) else _reason(error)
+            raise ValueError(f"storage.root {self.url()} cannot be written ({reason}): {advice}") from None
         if not exclusive:
             raise ValueError(
                 f"storage.root {self.url()} has no create-only write: use a folder, s3://, gs://, az:// or memory://"
@@ -164,12 +170,12 @@ class Storage:
         for num_tried in range(self.config.num_retries + 1):
             try:
                 return action()
-            except FileNotFoundError:
-                raise FileNotFoundError(errno.ENOENT, "there is no such object", self.url(key)) from None
             except Exception as error:
+                # `from None`: the original message may hold what ours leaves out
+                if isinstance(error, FileNotFoundError) and not _NO_BUCKET.search(str(error)):
+                    raise FileNotFoundError(errno.ENOENT, "there is no such object", self.url(key)) from None
                 if num_tried == self.config.num_retries or not _is_transient(error):
-                    # `from None`: the original message may hold what ours leaves out
-                    raise StorageError(f"cannot {verb} {self.url(key)}: {_redacted(error)}") from None
+                    raise StorageError(f"cannot {verb} {self.url(key)}: {_reason(error)}") from None
             self._count(num_retries=1)
             longest = min(_LONGEST_DELAY_SECONDS, _FIRST_DELAY_SECONDS * 2**num_tried)
             time.sleep(longest * random.uniform(0.5, 1.0))  # noqa: S311 (spreads retries; no secret)
@@ -187,7 +193,10 @@ def _is_hidden(key: str) -> bool:
 
 
 def _is_transient(error: Exception) -> bool:
-    if isinstance(error, GenericError | JoinError | ConnectionError | TimeoutError):
+    if isinstance(error, GenericError | JoinError):  # anything from a lost connection to a refused listing
+        answer = _ANSWER.search(str(error))
+        return answer is None or answer[3] in _TRANSIENT_STATUSES
+    if isinstance(error, ConnectionError | TimeoutError):
         return True
     return isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS
 
@@ -196,9 +205,16 @@ def _without_user(text: str) -> str:
     return re.sub(r"://[^/@\s]*@", "://", text)
 
 
-def _redacted(error: Exception) -> str:
-    """Type and first line of an error, without user names and passwords of URLs and the environment's secrets."""
-    text = _without_user(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+def _reason(error: Exception) -> str:
+    """A server's answer, else an error's type and first line; without users, passwords, the environment's secrets."""
+    text = str(error).strip()
+    if answer := _ANSWER.search(text):
+        method, server, status, phrase = answer.groups()
+        code = _ANSWER_CODE.search(text)
+        text = f"{server} answered {method} with {status}{phrase}" + (f" ({code[1]})" if code else "")
+    else:
+        text = f"{type(error).__name__}: {text.partition(chr(10))[0]}"
+    text = _without_user(text)
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_VARIABLE.search(name):
             text = text.replace(value, "***")

@@ -45,9 +45,9 @@ def list_runs(storage: Storage) -> list[str]:
     return [name for name in storage.names(layout.RUNS) if storage.exists(layout.run_record(name))]
 
 
-def newest_run(storage: Storage) -> str | None:
-    """The run whose record, or whose controller's last sign of life, is the latest; None where there is no run."""
-    return max(list_runs(storage), key=lambda run_id: _last_active_seconds(storage, run_id), default=None)
+def newest_first(storage: Storage) -> list[str]:
+    """Ids of all runs by their record's or their controller's last sign of life, the latest first."""
+    return sorted(list_runs(storage), key=lambda run_id: _last_active_seconds(storage, run_id), reverse=True)
 
 
 def _last_active_seconds(storage: Storage, run_id: str) -> float:

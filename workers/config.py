@@ -206,8 +206,7 @@ class EvalConfig(FrozenConfig):
     max_sequences: int = Field(256, ge=8)
     """Held-out windows for fidelity (cross-entropy, KL, FVU, L0)."""
     prefixes: tuple[int, ...] = ()
-    """Prefix lengths at which every SAE's FVU is given; empty: the widths of the run's fixed Matryoshka SAE, else
-    octaves."""
+    """Prefix lengths at which every SAE's FVU is given; empty: the fixed Matryoshka SAE's widths, else octaves."""
     probing_k: tuple[int, ...] = (1, 2, 5)
     """Numbers of latents a sparse probe may read."""
     probing_sequences: int = Field(512, ge=8)

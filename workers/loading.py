@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-from storage import checkpoints, reports
+from storage import checkpoints
 from storage.config import StorageConfig
 from storage.filesystem import Storage
 from storage.manifest import Dataset
@@ -26,14 +26,14 @@ from workers.texts.documents import Document
 def load_sae(
     root: str, name: str, run_id: str | None = None, step: int | None = None
 ) -> tuple[CheckpointRecord, SparseAutoencoder]:
-    """A published SAE and its record: of the newest run and at its last step, unless told otherwise.
+    """A published SAE and its record: of the newest run that has one, at its last step, unless told otherwise.
 
     It reads raw activations of `record.hook`. Raises ValueError where the root holds no such checkpoint.
     """
     storage = Storage(StorageConfig(root=root))
-    run_id = run_id or reports.newest_run(storage)
+    run_id = run_id or checkpoints.newest_run(storage, name)
     if run_id is None:
-        raise ValueError(f"{root} holds no run: start one with `dollhouse run`")
+        raise ValueError(f"no run under {root} has a checkpoint of {name}: `dollhouse status` tells what there is")
     steps = {found.step for found in checkpoints.list_checkpoints(storage, run_id) if found.name == name}
     if not steps or (step is not None and step not in steps):
         raise ValueError(

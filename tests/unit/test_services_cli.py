@@ -86,7 +86,7 @@ def test_a_report_of_a_run_that_has_just_begun_is_one_sentence(tmp_path: Path) -
     reports.write_run(Storage(StorageConfig(root=str(tmp_path))), record, "")
     result = _invoke("report", "--root", str(tmp_path))
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: run unended has no")
+    assert result.stderr.startswith("error: no run under")
     assert result.stderr.count("\n") == 1
     (entry,) = json.loads(_invoke("status", "--root", str(tmp_path), "--json").stdout)
     assert (entry["run"], entry["num_steps"], entry["finished"], entry["controller"]) == ("unended", 4, False, None)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from obstore.exceptions import GenericError
 
 from storage import filesystem
 from storage.config import StorageConfig
@@ -128,6 +129,50 @@ def test_errors_and_urls_hold_no_credential(monkeypatch: pytest.MonkeyPatch, tmp
     assert secret not in str(caught.value)
     assert "someone" not in str(caught.value)
     assert caught.value.__suppress_context__
+
+
+class Answering:
+    """A backend whose server gives one answer to every listing, in obstore's words."""
+
+    def __init__(self, status: str) -> None:
+        self.status = status
+
+    def keys(self, prefix: str) -> list[str]:
+        raise GenericError(
+            f"Generic S3 error: Error performing GET https://host:9000/bucket?prefix={prefix}&sig=secret in 1ms - "
+            f'Server returned non-2xx status code: {self.status}: <?xml version="1.0"?>\n<Error><Code>ItsCode</Code>'
+            "<AWSAccessKeyId>a-user</AWSAccessKeyId></Error>\n\nDebug source: Generic { .. }"
+        )
+
+
+@pytest.mark.parametrize(
+    ("status", "num_retries"),
+    [
+        ("403 Forbidden", 0),
+        ("404 Not Found", 0),
+        ("501 Not Implemented", 0),
+        ("429 Too Many Requests", 2),
+        ("503 Service Unavailable", 2),
+    ],
+)
+def test_a_servers_answer_is_told_in_short_and_retried_where_it_may_change(status: str, num_retries: int) -> None:
+    storage = Storage(StorageConfig(root="s3://bucket/prefix", num_retries=2))
+    storage._backend = Answering(status)  # type: ignore[assignment]
+    with pytest.raises(StorageError) as caught:
+        storage.list("folder")
+    assert str(caught.value) == (
+        f"cannot list s3://bucket/prefix/folder: https://host:9000 answered GET with {status} (ItsCode)"
+    )
+    assert storage.num_retries_done == num_retries
+
+
+def test_a_root_that_is_no_url_of_a_bucket_is_one_clear_error() -> None:
+    storage = Storage(StorageConfig(root="s3://bucket/a//b"))
+    with pytest.raises(ValueError, match=r"storage.root s3://bucket/a//b cannot be written .*empty path segment"):
+        storage.check_writable()
+    with pytest.raises(StorageError, match=r"cannot list s3://bucket/a//b/key: .*empty path segment"):
+        storage.list("key")
+    assert storage.num_retries_done == 0
 
 
 def test_a_password_in_the_root_is_refused() -> None:

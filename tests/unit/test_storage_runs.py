@@ -60,15 +60,15 @@ def test_a_run_keeps_its_dataset(storage: Storage) -> None:
         reports.write_run_dataset(storage, RunDataset(run_id="a", dataset_id="d2"))
 
 
-def test_the_newest_run_is_the_one_last_active(storage: Storage) -> None:
-    assert reports.newest_run(storage) is None
+def test_runs_come_by_their_last_sign_of_life(storage: Storage) -> None:
+    assert reports.newest_first(storage) == []
     for run_id in ("b", "c", "a"):
         reports.write_run(storage, run(run_id), "")
         time.sleep(0.02)
     assert reports.list_runs(storage) == ["a", "b", "c"]
-    assert reports.newest_run(storage) == "a"
+    assert reports.newest_first(storage)[0] == "a"
     leases.acquire(storage, "b", "me")
-    assert reports.newest_run(storage) == "b"
+    assert reports.newest_first(storage) == ["b", "a", "c"]
 
 
 def test_the_first_scores_of_a_checkpoint_stay(storage: Storage) -> None:

@@ -1,5 +1,4 @@
-"""Sparse probing and concept erasure of every SAE of one hook: the same examples, dense probes, baselines and controls
-for all.
+"""Sparse probing and concept erasure of every SAE of one hook: the same examples, baselines, controls for all.
 
 The arithmetic is in `workers.scores`; what the concepts are is in `workers.evaluating.held_out`.
 """

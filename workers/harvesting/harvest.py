@@ -1,5 +1,4 @@
-"""Second half of a harvest: the tokens of one shard -> one forward pass per batch -> activations at every hook -> one
-commit.
+"""Second half of a harvest: tokens of a shard -> forward passes -> activations at every hook -> one commit.
 
 The loop as a plain function; `workers.actors.harvester` runs it on a cluster. Batches are fixed by the dataset, so that
 a retry computes the same.

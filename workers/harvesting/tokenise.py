@@ -1,5 +1,4 @@
-"""First half of a harvest: every row's token is written before any activation, so that row r is the same token for
-ever.
+"""First half of a harvest: every row's token is written before any activation: row r is the same token for ever.
 
 A plain function that any harvester can run again after a crash: identical chunks are adopted. Called by the harvester
 actor.

@@ -119,8 +119,7 @@ class TrainingLoop:
         )
 
     def _step(self) -> dict[str, StepResult[torch.Tensor]]:
-        """One batch to every SAE; figures leave the device only for the points of a curve and for the slice's last
-        step."""
+        """One batch to every SAE. Figures leave the device for points of a curve and for the slice's last step only."""
         batch = self.stream.next_batch()
         inputs = {hook: to_tensor(stored, self.dataset.record.dtype) for hook, stored in batch.activations.items()}
         step = self.progress.step + 1
@@ -180,8 +179,7 @@ class TrainingLoop:
         self.progress = _Progress(step, scalars["history"])
 
     def publish(self) -> None:
-        """Write each SAE with its scale factors folded in, and its curve so far. A step that is published stays as it
-        is."""
+        """Write each SAE, scale factors folded in, and its curve so far. What is published already stays as it is."""
         manifest_digest = self.dataset.manifest_digest()
         for name, trainer in self.trainers.items():
             write_history(self.storage, self.run_id, name, self.progress.history[name])
