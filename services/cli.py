@@ -94,9 +94,8 @@ def report(root: Root = None, as_json: AsJson = False) -> None:
         storage = _open(root)
         found = newest_run(storage)
         if found is None:
-            _fail(
-                f"no run under {storage.url()} has published an SAE: start one with `dollhouse run`, or see `dollhouse status`"
-            )
+            hint = "start one with `dollhouse run`, or see `dollhouse status`"
+            _fail(f"no run under {storage.url()} has published an SAE: {hint}")
         content = write_report(storage, found)
     if as_json:
         _print_json(content)

@@ -1,7 +1,7 @@
 """A run on a Ray cluster that was there before: the project's folder is uploaded, and the result is the same."""
 
-import os
-import signal
+import contextlib
+import secrets
 import socket
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster.conftest import Command, results
@@ -28,8 +29,10 @@ def _answers(port: int) -> bool:
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[str]:
-    """Address of a Ray head of our own, without a dashboard; ends with the test."""
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of a Ray head of our own, with a token and without a dashboard; ends with the test."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
     port = _free_port()
     command = [
         *(
@@ -55,8 +58,14 @@ def head(tmp_path: Path) -> Iterator[str]:
                 time.sleep(0.2)
             yield f"127.0.0.1:{port}"
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(30)
+            started = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            psutil.wait_procs([*started, process], timeout=20)
+            for left in started:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    left.kill()
+            process.kill()
+            process.wait(10)
 
 
 def test_a_run_on_a_joined_cluster_equals_one_on_this_machine(
