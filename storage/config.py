@@ -19,7 +19,7 @@ class StorageConfig(BaseModel):
     """Chunks of one shard: the unit of work of a harvester, and of a commit."""
     verify_reads: bool = True
     """Check each chunk against its committed checksum as it is read."""
-    num_retries: int = Field(5, ge=0)
+    num_retries: int = Field(8, ge=0)
     """Tries after the first for a request that failed in a way that may pass."""
     timeout_seconds: float = Field(60.0, gt=0)
     """Longest wait for one request."""
