@@ -163,6 +163,7 @@ def _run(config: RunConfig, only: _Only, console: Console, *, new: bool) -> None
     if summary is not None:
         console.print(f"run {run_id} is finished; --new starts another", highlight=False)
     else:
+        storage.check_writable()
         with _exporter(config, run_id, console) as exporter:
             from services.cluster import StageError
             from services.pipeline import ALL_STAGES, run_stages

@@ -61,6 +61,7 @@ class Slot:
         self._make, self._exporter, self._telemetry = make, exporter, telemetry
         self.num_restarts = 0
         self._deaths_in_a_row = 0
+        telemetry.count(ACTOR_RESTARTS_TOTAL, 0, stage=stage)  # a total that is absent until it counts alarms nobody
         exporter.begin(self.name)
         self.actor = make(self.name)
 

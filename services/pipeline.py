@@ -38,11 +38,10 @@ def run_stages(
 ) -> RunSummary:
     """Run the chosen stages of a run in order; what is committed already is not made again.
 
-    Raises StageError with one sentence when a stage cannot go on, ValueError when the root cannot be written or another
-    controller holds the run. Whatever ends it, committed work stays.
+    Raises StageError with one sentence when a stage cannot go on, ValueError when another controller holds the run.
+    Whatever ends it, committed work stays.
     """
     storage = Storage(config.storage)
-    storage.check_writable()
     steal = StealMeter()
     seconds: dict[str, float] = {}
     with ExitStack() as stack:

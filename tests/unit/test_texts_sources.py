@@ -86,3 +86,11 @@ def test_newlines_of_every_system_are_one(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree\n")
     config = TextConfig(source="files", paths=(str(tmp_path / "*"),), held_out_share=1e-6)
     assert [document.text for document in documents(config, "harvest")] == ["one\ntwo\nthree\n"]
+
+
+def test_a_data_set_is_streamed_through_the_hubs_library(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"body": f"text {n}"}) for n in range(20)))
+    config = TextConfig(source="hub", dataset=str(tmp_path), field="body", held_out_share=0.3)  # a folder is a data set
+    found = {part: [document.text for document in documents(config, part)] for part in ("harvest", "held_out")}
+    assert sorted(found["harvest"] + found["held_out"]) == sorted(f"text {n}" for n in range(20))
+    assert found["held_out"]
