@@ -157,13 +157,14 @@ def _run(config: RunConfig, only: _Only, console: Console, *, new: bool) -> None
     from services.runs import finished_summary, new_run_id
     from storage.filesystem import Storage
 
+    # An endpoint that does not answer now is the user's to mend; patience is for later.
+    Storage(config.storage.model_copy(update={"num_retries": 1})).check_writable()
     storage = Storage(config.storage)
     run_id = new_run_id(storage, config.run_id) if new else config.run_id
     summary = finished_summary(storage, run_id) if only is _Only.RUN else None
     if summary is not None:
         console.print(f"run {run_id} is finished; --new starts another", highlight=False)
     else:
-        storage.check_writable()
         with _exporter(config, run_id, console) as exporter:
             from services.cluster import StageError
             from services.pipeline import ALL_STAGES, run_stages
