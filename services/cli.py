@@ -32,6 +32,7 @@ Sets = Annotated[
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join; none starts Ray here.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")]
 New = Annotated[bool, typer.Option("--new", help="Start another run of the same configuration.")]
+RunId = Annotated[str | None, typer.Argument(help="A run's id, as `dollhouse status` gives it.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
 _DEFAULT_ROOT = "./dollhouse-data"
@@ -84,15 +85,15 @@ def evaluate(
 
 
 @app.command()
-def report(root: Root = None, as_json: AsJson = False) -> None:
-    """Print the newest run's scores, and write its page again."""
+def report(run_id: RunId = None, root: Root = None, as_json: AsJson = False) -> None:
+    """Print a run's scores, of the newest unless one is named, and write its page again."""
     from services.pages import write_report
     from services.tables import print_report
     from storage.checkpoints import newest_run
 
     with _errors_in_a_sentence():
         storage = _open(root)
-        found = newest_run(storage)
+        found = run_id or newest_run(storage)
         if found is None:
             hint = "start one with `dollhouse run`, or see `dollhouse status`"
             _fail(f"no run under {storage.url()} has published an SAE: {hint}")
@@ -143,7 +144,7 @@ def _start(
     try:
         with _errors_in_a_sentence():
             config = load_config(recipe, sets, root, address)
-            config.check()
+            config.check(starts=not dry_run)
             if dry_run:
                 _print_plan(config, console)
                 return
@@ -163,7 +164,10 @@ def _run(config: RunConfig, only: _Only, console: Console, *, new: bool) -> None
     run_id = new_run_id(storage, config.run_id) if new else config.run_id
     summary = finished_summary(storage, run_id) if only is _Only.RUN else None
     if summary is not None:
-        console.print(f"run {run_id} is finished; --new starts another", highlight=False)
+        console.print(
+            f"run {run_id} is finished; its text and model were not looked at again; --new starts another",
+            highlight=False,
+        )
     else:
         with _exporter(config, run_id, console) as exporter:
             from services.cluster import StageError
@@ -212,8 +216,11 @@ def _print_result(storage: "Storage", run_id: str, console: Console) -> None:
 
 def _print_plan(config: RunConfig, console: Console) -> None:
     from services.planner import plan_run
+    from workers.models.catalog import is_local
 
     console.print(f"run {config.run_id}: the configuration is valid; nothing was started", highlight=False)
+    if not is_local(config.model.name):
+        console.print(f"model {config.model.name} is taken for a hub name, and was not looked up", highlight=False)
     for line in plan_run(config).lines():
         console.print(line, highlight=False)
 

@@ -121,8 +121,8 @@ class RunConfig(FrozenConfig):
             }
         )
 
-    def check(self) -> None:
-        """Refuse, before anything is started, what can be known to fail: hooks, files, root, port."""
+    def check(self, *, starts: bool = True) -> None:
+        """Refuse, before anything starts, what can be known to fail: hooks, files, root, and a port that it needs."""
         check_hooks(self.model, self.harvest.hooks)
         check_context(self.model, self.harvest.context_tokens)
         check_sources(self.text)
@@ -137,7 +137,8 @@ class RunConfig(FrozenConfig):
                 f"storage.root = {root} is a folder of one machine, but cluster.address joins a cluster: "
                 "use a bucket, or pass --set cluster.shared_filesystem=true if every node sees that folder"
             )
-        check_port(cluster.metrics_host, cluster.metrics_port)
+        if starts:
+            check_port(cluster.metrics_host, cluster.metrics_port)
 
 
 def check_port(host: str, port: int) -> None:
@@ -197,6 +198,8 @@ def parse(content: dict[str, Any], where: str) -> RunConfig:
 def _first_error(error: ValidationError, where: str) -> str:
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"{where}: {field} is missing: add it"
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key {field}: remove it or correct its spelling"
     message = first["msg"].removeprefix("Value error, ")

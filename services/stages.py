@@ -229,24 +229,26 @@ class Evaluation:
 
         slot: Slot | None = None
         done = 0
-        with StageProgress(context.console, "evaluate", "checkpoints") as progress:
-            while True:
-                ending = self._trainer_is_done.is_set()  # looked at before listing, so that nothing slips between
-                pending = pending_checkpoints(context.storage, context.run_id)
-                context.telemetry.set(QUEUE_DEPTH, len(pending), stage="evaluate")
-                context.tell()
-                if pending:
-                    slot = slot or context.slot("evaluator", 0, make)
-                    total = done + len(pending)
-                    for report in _evaluate(slot, context.run_id, pending):
-                        done += 1
-                        progress.update(done, total, f"{report.name} at step {report.step:,}")
-                elif ending:
-                    break
-                else:
-                    time.sleep(_FOLLOW_SECONDS)
-        if slot is not None:
-            slot.close()
+        try:
+            with StageProgress(context.console, "evaluate", "checkpoints") as progress:
+                while True:
+                    ending = self._trainer_is_done.is_set()  # looked at before listing, so that nothing slips between
+                    pending = pending_checkpoints(context.storage, context.run_id)
+                    context.telemetry.set(QUEUE_DEPTH, len(pending), stage="evaluate")
+                    context.tell()
+                    if pending:
+                        slot = slot or context.slot("evaluator", 0, make)
+                        total = done + len(pending)
+                        for report in _evaluate(slot, context.run_id, pending):
+                            done += 1
+                            progress.update(done, total, f"{report.name} at step {report.step:,}")
+                    elif ending:
+                        break
+                    else:
+                        time.sleep(_FOLLOW_SECONDS)
+        finally:
+            if slot is not None:
+                slot.close()
 
 
 def _evaluate(slot: Slot, run_id: str, pending: tuple[CheckpointKey, ...]) -> Iterator[MetricsReport]:

@@ -44,7 +44,8 @@ def _run_status(storage: Storage, record: RunRecord) -> dict[str, Any]:
 def print_status(runs: list[dict[str, Any]], console: Console) -> None:
     """The same as a table."""
     table = Table(title="runs", title_justify="left")
-    for column in ("run", "rows harvested", "steps trained", "checkpoints scored", "state"):
+    table.add_column("run", overflow="fold")
+    for column in ("rows harvested", "steps trained", "checkpoints scored", "state"):
         table.add_column(column)
     for run in runs:
         planned = f"{run['rows_planned']:,}" if run["rows_planned"] else "?"

@@ -100,7 +100,8 @@ def write_shard(dataset: OpenDataset, shard: int, activations: Mapping[str, Arra
     """Write the chunks of a shard and commit it; returns the commit that is stored, ours or an earlier one.
 
     `activations`: for each hook of the record [rows in the shard, d], float32, or uint16 bits for a bfloat16 dataset.
-    `writer` says for people who wrote it. Raises ValueError on a wrong shape or a number that is not finite.
+    `writer` says for people who wrote it. Raises ValueError on a wrong shape, or a number in an
+    unflagged row that is not finite.
     """
     _check_shapes(dataset.record, shard, activations)
     commit = dataset.stored_commit(shard)

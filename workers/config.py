@@ -173,8 +173,8 @@ class TrainConfig(FrozenConfig):
     """Weight of the AuxK loss (Gao et al. 2024) that revives dead latents; 0 turns it off."""
     aux_k: int | None = Field(None, ge=1)
     """Dead latents AuxK may use per token; none: d_in / 2."""
-    dead_after_rows: int = Field(10_000_000, ge=1)
-    """A latent that has not fired for so many rows is dead."""
+    dead_after_rows: int = Field(200_000, ge=1)
+    """A latent that has not fired for so many rows is dead; a tenth of `rows` is usual (10 million of a long run)."""
     threshold_rate: float = Field(0.01, gt=0, le=1)
     """Rate of the running mean of each batch's smallest active value, which becomes the inference threshold."""
     window_chunks: int = Field(16, ge=1)

@@ -40,7 +40,8 @@ def load_sae(
             f"run {run_id} has no checkpoint of {name} at step {step or 'any'}; it has steps {sorted(steps)}"
         )
     record, tensors = checkpoints.load(storage, run_id, name, max(steps) if step is None else step)
-    return record, SparseAutoencoder.from_tensors({key: torch.from_numpy(value) for key, value in tensors.items()})
+    sae = SparseAutoencoder.from_tensors({key: torch.from_numpy(value) for key, value in tensors.items()})
+    return record, sae.requires_grad_(False)
 
 
 def read_text(checkpoint: CheckpointRecord, text: str) -> tuple[list[str], torch.Tensor]:
