@@ -32,7 +32,7 @@ Sets = Annotated[
 Address = Annotated[str | None, typer.Option(help="Ray cluster to join; none starts Ray here.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")]
 New = Annotated[bool, typer.Option("--new", help="Start another run of the same configuration.")]
-RunId = Annotated[str | None, typer.Argument(help="A run's id, as `dollhouse status` gives it.")]
+Which = Annotated[str | None, typer.Argument(help="A recipe, or a run's id; none: every run (report: the newest).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
 _DEFAULT_ROOT = "./dollhouse-data"
@@ -85,7 +85,7 @@ def evaluate(
 
 
 @app.command()
-def report(run_id: RunId = None, root: Root = None, as_json: AsJson = False) -> None:
+def report(which: Which = None, root: Root = None, sets: Sets = None, as_json: AsJson = False) -> None:
     """Print a run's scores, of the newest unless one is named, and write its page again."""
     from services.pages import write_report
     from services.tables import print_report
@@ -93,7 +93,7 @@ def report(run_id: RunId = None, root: Root = None, as_json: AsJson = False) -> 
 
     with _errors_in_a_sentence():
         storage = _open(root)
-        found = run_id or newest_run(storage)
+        found = _named(storage, which, sets) or newest_run(storage)
         if found is None:
             hint = "start one with `dollhouse run`, or see `dollhouse status`"
             _fail(f"no run under {storage.url()} has published an SAE: {hint}")
@@ -105,12 +105,13 @@ def report(run_id: RunId = None, root: Root = None, as_json: AsJson = False) -> 
 
 
 @app.command()
-def status(root: Root = None, as_json: AsJson = False) -> None:
-    """Tell from storage alone what every run under the root has done."""
+def status(which: Which = None, root: Root = None, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Tell from storage alone what the runs under the root have done."""
     from services.status import all_runs, print_status
 
     with _errors_in_a_sentence():
-        content = all_runs(_open(root))
+        storage = _open(root)
+        content = all_runs(storage, _named(storage, which, sets))
     if as_json:
         _print_json(content)
     else:
@@ -118,16 +119,31 @@ def status(root: Root = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def inspect(root: Root = None, as_json: AsJson = False) -> None:
+def inspect(which: Which = None, root: Root = None, sets: Sets = None, as_json: AsJson = False) -> None:
     """Tell what datasets are under the root: model, text, hooks, rows, statistics."""
     from services.status import all_datasets, print_datasets
 
     with _errors_in_a_sentence():
-        content = all_datasets(_open(root))
+        storage = _open(root)
+        content = all_datasets(storage, _named(storage, which, sets))
     if as_json:
         _print_json(content)
     else:
         print_datasets(content, Console())
+
+
+def _named(storage: "Storage", which: str | None, sets: list[str] | None) -> str | None:
+    """The run that a recipe or a run's id means; none where neither is given. ValueError where there is no such run."""
+    from storage.reports import run_exists
+
+    if which is None or (not which.endswith(".toml") and run_exists(storage, which)):
+        return which
+    run_id = load_config(which, sets).run_id
+    if not run_exists(storage, run_id):
+        raise ValueError(
+            f"{storage.url()} holds no run of {which} (it would be {run_id}): `dollhouse status` lists them"
+        )
+    return run_id
 
 
 def _start(

@@ -13,9 +13,10 @@ from storage.records import RunRecord
 _SAMPLE_TOKENS = 24
 
 
-def all_runs(storage: Storage) -> list[dict[str, Any]]:
-    """One entry a run: its dataset's rows, each SAE's steps, what is scored, whether a controller holds it."""
-    return [_run_status(storage, reports.read_run(storage, run_id)) for run_id in reports.list_runs(storage)]
+def all_runs(storage: Storage, only: str | None = None) -> list[dict[str, Any]]:
+    """One entry a run, or `only` that run's: its dataset's rows, each SAE's steps, what is scored, who controls it."""
+    names = reports.list_runs(storage) if only is None else [only]
+    return [_run_status(storage, reports.read_run(storage, run_id)) for run_id in names]
 
 
 def _run_status(storage: Storage, record: RunRecord) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def _run_status(storage: Storage, record: RunRecord) -> dict[str, Any]:
 def print_status(runs: list[dict[str, Any]], console: Console) -> None:
     """The same as a table."""
     table = Table(title="runs", title_justify="left")
-    table.add_column("run", overflow="fold")
+    table.add_column("run", min_width=max((len(run["run"]) for run in runs), default=0))  # whole: one copies it
     for column in ("rows harvested", "steps trained", "checkpoints scored", "state"):
         table.add_column(column)
     for run in runs:
@@ -61,9 +62,13 @@ def print_status(runs: list[dict[str, Any]], console: Console) -> None:
     console.print(table if runs else "no runs under this root")
 
 
-def all_datasets(storage: Storage) -> list[dict[str, Any]]:
-    """One entry a dataset: what it is, how much of it is committed, moments of each hook, a sample of token ids."""
-    return [_dataset_status(Dataset.open(storage, name)) for name in list_datasets(storage)]
+def all_datasets(storage: Storage, only: str | None = None) -> list[dict[str, Any]]:
+    """One entry a dataset, or the one of run `only`: what it is, how much is committed, moments, a sample of tokens."""
+    names = list_datasets(storage)
+    if only is not None:
+        mine = reports.read_run_dataset(storage, only)
+        names = [name for name in names if name == mine]
+    return [_dataset_status(Dataset.open(storage, name)) for name in names]
 
 
 def _dataset_status(dataset: Dataset) -> dict[str, Any]:

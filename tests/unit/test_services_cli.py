@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from services import progress
 from services.cli import app
+from services.config import load_config
 from storage import reports
 from storage.config import StorageConfig
 from storage.filesystem import Storage
@@ -91,6 +92,21 @@ def test_a_report_of_a_run_that_has_just_begun_is_one_sentence(tmp_path: Path) -
     (entry,) = json.loads(_invoke("status", "--root", str(tmp_path), "--json").stdout)
     assert (entry["run"], entry["num_steps"], entry["finished"], entry["controller"]) == ("unended", 4, False, None)
     assert "stopped" in _invoke("status", "--root", str(tmp_path)).stdout
+
+
+def test_status_takes_a_recipe_or_a_run(tmp_path: Path) -> None:
+    root = ["--root", str(tmp_path), "--json"]
+    run_id = load_config("tiny", ["train.seed=3"]).run_id
+    for name in ("other", run_id):
+        record = RunRecord(run_id=name, recipe="tiny", config={"saes": [], "train": {"rows": 8, "batch_rows": 2}})
+        reports.write_run(Storage(StorageConfig(root=str(tmp_path))), record, "")
+    assert [run["run"] for run in json.loads(_invoke("status", "other", *root).stdout)] == ["other"]
+    of_recipe = _invoke("status", "tiny", "--set", "train.seed=3", *root)
+    assert [run["run"] for run in json.loads(of_recipe.stdout)] == [run_id]
+    assert json.loads(_invoke("inspect", "other", *root).stdout) == []
+    missing = _invoke("report", "tiny", *root)
+    assert missing.exit_code == 2
+    assert "holds no run of tiny" in missing.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["run", "nobody"], ["status", "--help"]])
