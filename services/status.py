@@ -44,9 +44,9 @@ def _run_status(storage: Storage, record: RunRecord) -> dict[str, Any]:
 
 def print_status(runs: list[dict[str, Any]], console: Console) -> None:
     """The same as a table."""
-    table = Table(title="runs", title_justify="left")
+    table = Table(title="runs: rows harvested, steps trained, last checkpoints scored", title_justify="left")
     table.add_column("run", min_width=max((len(run["run"]) for run in runs), default=0))  # whole: one copies it
-    for column in ("rows harvested", "steps trained", "checkpoints scored", "state"):
+    for column in ("rows", "steps", "scored", "state"):
         table.add_column(column)
     for run in runs:
         planned = f"{run['rows_planned']:,}" if run["rows_planned"] else "?"
@@ -56,7 +56,7 @@ def print_status(runs: list[dict[str, Any]], console: Console) -> None:
             run["run"],
             f"{run['rows_committed']:,} of {planned}",
             f"{run['saved_step'] or 0:,} of {run['num_steps']:,}",
-            f"{scored} of {len(run['scored_step'])} at the last step",
+            f"{scored} of {len(run['scored_step'])}",
             state,
         )
     console.print(table if runs else "no runs under this root")
